@@ -1,0 +1,3 @@
+"""AnyQuant: quantize once, run anywhere, and prove it."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,131 @@
+"""Plan: every decision and every byte, before anything is written.
+
+A plan holds one Decision per Linear and one storage type per carried tensor. A format turns it into a Layout: files,
+each a prefix of known bytes followed by parts (stored tensors) at known offsets. A Unit joins the two: the ordered
+Linears whose rows fill one set of parts.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+EMPTY: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Activation:
+    """How an activation is stored while the model runs; `mode` is "static" or "dynamic"."""
+
+    grid: str
+    mode: str
+    granularity: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens to one Linear: `requested` is the grid asked for, `grid` the one used, `reason` why it is so.
+
+    Linears of one `tie_group` must share a grid in the target (a fused tensor).
+    """
+
+    linear: str
+    requested: str
+    grid: str
+    reason: str
+    algorithm: str = "rtn"
+    options: Mapping[str, Any] = field(default=EMPTY)
+    input_activation: Activation | None = None
+    output_activation: Activation | None = None
+    tie_group: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`decisions` by Linear name and `carried` (storage dtype by Carried name), both in architecture order.
+
+    `importance` tells whether per-channel second moments steer the rounding. `config_patch` are changes to the model's
+    config that the artifact needs.
+    """
+
+    family: str
+    decisions: Mapping[str, Decision]
+    carried: Mapping[str, str]
+    label: str
+    importance: bool = False
+    kv_cache: str | None = None
+    transforms: tuple[str, ...] = ()
+    config_patch: Mapping[str, Any] = field(default=EMPTY)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stored tensor of the artifact. `dtype` is the format's own type name, `shape` as the format writes it.
+
+    `offset` counts from the start of the file.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is quantized and packed together: the rows of `linears`, in order, or one carried tensor.
+
+    `grid` is their common grid ("" for a carried tensor). `parts` are names in the Layout. `row_multiple`: row blocks
+    handed to `Format.pack` must start and end at multiples of it within each Linear (a row permutation is local to
+    such a block). `permutation` names the format's row permutation, or is "".
+    """
+
+    name: str
+    linears: tuple[str, ...]
+    carried: tuple[str, ...]
+    grid: str
+    parts: tuple[str, ...]
+    row_multiple: int = 1
+    permutation: str = ""
+
+
+@dataclass(frozen=True)
+class TargetFile:
+    """One file of the artifact: `prefix` bytes (header, or the whole of a small file), then parts, `nbytes` in all."""
+
+    path: str
+    prefix: bytes
+    parts: tuple[Part, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All files of an artifact and the units that fill their parts."""
+
+    files: tuple[TargetFile, ...]
+    units: tuple[Unit, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Exact bytes of all files."""
+        return sum(file.nbytes for file in self.files)
+
+    @property
+    def payload(self) -> int:
+        """Exact bytes of tensor data."""
+        return sum(part.nbytes for file in self.files for part in file.parts)
+
+    def locate(self) -> dict[str, tuple[TargetFile, Part]]:
+        """Part name to its file and place."""
+        return {part.name: (file, part) for file in self.files for part in file.parts}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Packed bytes of some rows: where they go inside a part (`offset` from the part's start)."""
+
+    part: str
+    offset: int
+    data: Any  # a contiguous uint8 array or bytes

@@ -1,0 +1,61 @@
+"""QTensor: codes + parameters + grid. `decode` is the only definition of its value."""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from anyquant.core.dtypes import Float32
+from anyquant.core.errors import AnyQuantError
+from anyquant.core.grid import Codes, Grid, Params, Scope
+
+
+class Correction(Protocol):
+    """Something added to or masked out of the decoded weights: a low-rank pair, a sparsity mask."""
+
+    def apply(self, weights: Float32) -> Float32: ...
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """A quantized matrix, or a slice of its rows.
+
+    Invariants, checked on construction: codes have shape (rows, in // grid.vector) and the grid's code type, every
+    parameter of the grid is present in its declared type and shape. `column_groups` (in,) int32 gives the group of
+    each column when columns were reordered (act-order, `g_idx`); None means groups are consecutive.
+    Value = corrections(decode(codes, params)).
+    """
+
+    grid: Grid
+    shape: tuple[int, int]
+    codes: Codes
+    params: Params
+    column_groups: npt.NDArray[np.int32] | None = None
+    corrections: tuple[Correction, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        rows, columns = self.shape
+        self._expect("codes", self.codes, (rows, columns // self.grid.vector), self.grid.code_dtype)
+        for parameter in self.grid.parameters:
+            if parameter.name not in self.params:
+                raise AnyQuantError(f"QTensor on {self.grid.name}: parameter {parameter.name} is missing")
+            wanted = {
+                Scope.TENSOR: (1, 1),
+                Scope.ROW: (rows, 1),
+                Scope.BLOCK: (rows, columns // parameter.columns if parameter.columns else 1),
+            }[parameter.scope]
+            self._expect(parameter.name, self.params[parameter.name], wanted, parameter.dtype)
+
+    def _expect(self, name: str, array: Codes, shape: tuple[int, int], dtype: str) -> None:
+        if array.shape != shape or array.dtype != np.dtype(dtype):
+            raise AnyQuantError(
+                f"QTensor on {self.grid.name}: {name} is {array.dtype} {array.shape}, expected {dtype} {shape}"
+            )
+
+    def decode(self) -> Float32:
+        """The weights, float32, shape (out, in)."""
+        weights = self.grid.decode(self.codes, self.params)
+        for correction in self.corrections:
+            weights = correction.apply(weights)
+        return weights
