@@ -19,7 +19,7 @@ LAYERS = [
     {"cli", "web", "serve", "deploy"},
 ]
 LEVEL = {folder: level for level, row in enumerate(LAYERS) for folder in row}
-HEAVY = {
+HEAVY = set("torch transformers numba xllamacpp gguf tokenizers compressed_tensors accelerate onnx".split())
     "torch",
     "transformers",
     "numba",

@@ -1,0 +1,1 @@
+"""What the tests share: oracles and makers of small checkpoints."""
