@@ -20,16 +20,6 @@ LAYERS = [
 ]
 LEVEL = {folder: level for level, row in enumerate(LAYERS) for folder in row}
 HEAVY = set("torch transformers numba xllamacpp gguf tokenizers compressed_tensors accelerate onnx".split())
-    "torch",
-    "transformers",
-    "numba",
-    "xllamacpp",
-    "gguf",
-    "tokenizers",
-    "compressed_tensors",
-    "accelerate",
-    "onnx",
-}
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:

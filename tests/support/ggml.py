@@ -1,4 +1,4 @@
-"""ggml's own encoder, reached through the C symbols of the pinned xllamacpp wheel: the stock quantizer to compare with."""
+"""ggml's own encoder, through the C symbols of the pinned xllamacpp wheel: the stock quantizer to compare with."""
 
 import ctypes
 import functools
