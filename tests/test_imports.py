@@ -19,7 +19,8 @@ LAYERS = [
     {"cli", "web", "serve", "deploy"},
 ]
 LEVEL = {folder: level for level, row in enumerate(LAYERS) for folder in row}
-HEAVY = set("torch transformers numba xllamacpp gguf tokenizers compressed_tensors accelerate onnx".split())
+HEAVY = {"torch", "transformers", "tokenizers", "accelerate", "compressed_tensors"}
+HEAVY |= {"numba", "gguf", "xllamacpp", "onnx", "onnxruntime", "openvino", "nncf"}
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
