@@ -1,0 +1,73 @@
+"""The accounts: one ledger line per Linear and carried tensor, balanced to the byte on both sides."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+from anyquant.core.errors import AnyQuantError
+from anyquant.core.ledger import Ledger, Line
+from anyquant.core.linear import Linear
+from anyquant.pipeline.planner import Job
+
+
+def _stored(job: Job, linear: Linear) -> int:
+    """Source bytes of a Linear."""
+    spec = job.checkpoint.spec(linear.view.tensor)
+    return linear.view.rows * linear.view.columns * spec.nbytes // spec.elements
+
+
+def make_ledger(job: Job, errors: Mapping[str, float] | None = None) -> Ledger:
+    """One line per Linear and carried tensor. Raises AnyQuantError unless both sides balance to the byte."""
+    architecture, checkpoint = job.architecture, job.checkpoint
+    lines = []
+    claimed: dict[str, int] = defaultdict(int)
+    places = {name: part for name, (_, part) in job.layout.locate().items()}
+    for unit in job.layout.units:
+        for name in unit.linears:
+            linear, decision = architecture.by_name[name], job.plan.decisions[name]
+            owned = job.format.slices(unit, architecture, name, 0, linear.view.rows)
+            for part, _, nbytes in owned:
+                claimed[part] += nbytes
+            lines.append(
+                Line(
+                    name=name,
+                    role=linear.role.value,
+                    source=linear.view.tensor,
+                    source_dtype=checkpoint.spec(linear.view.tensor).dtype,
+                    source_bytes=_stored(job, linear),
+                    requested=decision.requested,
+                    applied=decision.grid,
+                    algorithm=decision.algorithm,
+                    target=owned[0][0],
+                    target_bytes=sum(nbytes for _, _, nbytes in owned),
+                    reason=decision.reason,
+                    error=None if errors is None else errors[name],
+                )
+            )
+        for name in unit.carried:
+            carried = architecture.carried_by_name[name]
+            spec = checkpoint.spec(carried.tensor)
+            nbytes = sum(places[part].nbytes for part in unit.parts)
+            for part in unit.parts:
+                claimed[part] += places[part].nbytes
+            lines.append(
+                Line(
+                    name=name,
+                    role=carried.role,
+                    source=carried.tensor,
+                    source_dtype=spec.dtype,
+                    source_bytes=carried.length * spec.nbytes // spec.elements,
+                    requested=job.plan.carried[name],
+                    applied=job.plan.carried[name],
+                    algorithm="carried",
+                    target=unit.parts[0],
+                    target_bytes=nbytes,
+                    reason="kept in float",
+                )
+            )
+    for name, part in places.items():
+        if claimed[name] != part.nbytes:
+            raise AnyQuantError(f"ledger: {claimed[name]} of {part.nbytes} bytes of {name} are accounted for")
+    unused = tuple((name, checkpoint.spec(name).nbytes, reason) for name, reason in architecture.unused.items())
+    ledger = Ledger(tuple(lines), unused)
+    ledger.balance(sum(checkpoint.spec(name).nbytes for name in checkpoint.names()), job.layout.payload)
+    return ledger

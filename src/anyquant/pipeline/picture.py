@@ -1,0 +1,140 @@
+"""Pictures of a report as self-contained SVG: loss against size, and the error of every tensor."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 720, 380
+LEFT, RIGHT, TOP, BOTTOM = 78, 24, 20, 52
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measured artifact: bytes, mean KL in nats with its interval, and whether it is the one delivered."""
+
+    label: str
+    nbytes: int
+    kl: float
+    low: float
+    high: float
+    chosen: bool
+
+
+def human_bytes(nbytes: float) -> str:
+    """Decimal units: 14.1 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
+
+
+def _ticks(low: float, high: float, count: int) -> list[float]:
+    """Round numbers between low and high."""
+    raw = (high - low) / count
+    step = 10.0 ** math.floor(math.log10(raw))
+    step *= next(m for m in (1, 2, 5, 10) if m * step >= raw)
+    first = math.ceil(low / step)
+    return [index * step for index in range(first, int(high / step + 1e-9) + 1)]
+
+
+@dataclass(frozen=True)
+class _Axes:
+    """Bytes run linearly to the right, KL logarithmically upwards."""
+
+    small: float
+    large: float
+    least: float
+    most: float
+
+    def x(self, nbytes: float) -> float:
+        return LEFT + (nbytes - self.small) / (self.large - self.small) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, kl: float) -> float:
+        share = (math.log(kl) - math.log(self.least)) / (math.log(self.most) - math.log(self.least))
+        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+
+
+def _axes(points: Sequence[Point], limit: float | None) -> _Axes:
+    sizes = [point.nbytes for point in points]
+    margin = max(0.08 * (max(sizes) - min(sizes)), 0.02 * max(sizes))
+    values = [v for p in points for v in (p.kl, p.low, p.high) if v > 0] + ([limit] if limit else [])
+    return _Axes(min(sizes) - margin, max(sizes) + margin, min(values) / 1.6, max(values) * 1.6)
+
+
+def _grid(axes: _Axes) -> list[str]:
+    marks = []
+    for tick in _ticks(axes.small, axes.large, 6):
+        x = axes.x(tick)
+        marks.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+        marks.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}">{human_bytes(tick)}</text>')
+    low, high = math.floor(math.log10(axes.least)), math.ceil(math.log10(axes.most))
+    for exponent in range(low, high + 1):
+        for factor in (1, 2, 5):
+            value = factor * 10.0**exponent
+            if axes.least <= value <= axes.most:
+                y = axes.y(value)
+                marks.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+                marks.append(f'<text class="tick right" x="{LEFT - 8}" y="{y + 4:.1f}">{value:g}</text>')
+    return marks
+
+
+def size_and_loss(points: Sequence[Point], limit: float | None) -> str:
+    """An SVG of mean KL (logarithmic) against bytes; the limit of the contract is a dashed line.
+
+    Points with a KL of zero or below lie under the lowest value that the axis shows and are drawn on its edge.
+    """
+    if not any(point.kl > 0 for point in points):
+        return ""
+    axes = _axes(points, limit)
+    marks = _grid(axes)
+    if limit is not None:
+        y = axes.y(limit)
+        marks.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        marks.append(f'<text class="limit-text" x="{WIDTH - RIGHT - 4}" y="{y - 6:.1f}">limit {limit:g}</text>')
+    line = " ".join(f"{axes.x(p.nbytes):.1f},{axes.y(max(p.kl, axes.least)):.1f}" for p in points)
+    marks.append(f'<polyline class="curve" points="{line}"/>')
+    for point in points:
+        x, y = axes.x(point.nbytes), axes.y(max(point.kl, axes.least))
+        upper, lower = axes.y(max(point.high, axes.least)), axes.y(max(point.low, axes.least))
+        kind = "chosen" if point.chosen else "point"
+        title = f"{point.label}: {point.nbytes:,} bytes, mean KL {point.kl:.5f} ({point.low:.5f} to {point.high:.5f})"
+        marks.append(f'<line class="bar {kind}" x1="{x:.1f}" x2="{x:.1f}" y1="{upper:.1f}" y2="{lower:.1f}"/>')
+        marks.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{7 if point.chosen else 4.5}">')
+        marks.append(f"<title>{escape(title)}</title></circle>")
+        marks.append(f'<text class="label {kind}" x="{x + 9:.1f}" y="{y - 8:.1f}">{escape(point.label)}</text>')
+    marks.append(f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 10}">size of the artifact</text>')
+    marks.append(
+        f'<text class="axis" transform="translate(16 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)">mean KL, nats</text>'
+    )
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss against size">{"".join(marks)}</svg>'
+
+
+def error_map(cells: Sequence[tuple[int, str, float, str]]) -> str:
+    """An SVG heat map of relative errors: (block, role, error, grid) per Linear; darker is larger, hover for numbers."""
+    if not cells:
+        return ""
+    roles = list(dict.fromkeys(role for _, role, _, _ in cells))
+    blocks = sorted({block for block, _, _, _ in cells})
+    positive = [error for _, _, error, _ in cells if error > 0] or [1.0]
+    low, high = math.log(min(positive)), math.log(max(positive))
+    width = min(64.0, 620.0 / len(blocks))
+    marks = []
+    for index, role in enumerate(roles):
+        marks.append(f'<text class="tick right" x="92" y="{index * 26 + 18}">{escape(role)}</text>')
+    for block, role, error, grid in cells:
+        share = 0.0 if error <= 0 else 0.12 + 0.88 * (math.log(error) - low) / ((high - low) or 1.0)
+        x, y = 100 + blocks.index(block) * width, roles.index(role) * 26
+        marks.append(
+            f'<rect class="cell" x="{x:.1f}" y="{y}" width="{width - 2:.1f}" height="24" fill-opacity="{share:.2f}">'
+            f"<title>block {block} {escape(role)}: {escape(grid)}, relative error {error:.2e}</title></rect>"
+        )
+    bottom = len(roles) * 26
+    step = max(1, len(blocks) // 12)
+    for index in range(0, len(blocks), step):
+        x = 100 + (index + 0.5) * width
+        marks.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 16}">{blocks[index]}</text>')
+    marks.append(f'<text class="axis" x="{100 + len(blocks) * width / 2:.1f}" y="{bottom + 36}">block</text>')
+    total = 104 + len(blocks) * width
+    return f'<svg viewBox="0 0 {total:.0f} {bottom + 44}" role="img" aria-label="error map">{"".join(marks)}</svg>'

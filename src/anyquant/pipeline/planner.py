@@ -1,0 +1,155 @@
+"""From a recipe to a plan: one decision per Linear, with its reason, before anything is read or written."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from anyquant.algorithms import ALGORITHMS
+from anyquant.core.checkpoint import Checkpoint
+from anyquant.core.errors import UnsupportedError, UsageError
+from anyquant.core.linear import Linear, Role
+from anyquant.core.plan import Decision, Layout, Plan
+from anyquant.formats.base import Format
+from anyquant.grids import grid as find_grid
+from anyquant.models.architecture import Architecture
+from anyquant.pipeline.recipe import Recipe
+
+# outside the block Linears: what `--grid` does not touch
+APART = (Role.EMBEDDING, Role.HEAD, Role.ROUTER)
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a run needs: nothing in it depends on the clock, the host or the output path."""
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    format: Format
+    recipe: Recipe
+    plan: Plan
+    layout: Layout
+
+    @property
+    def weights(self) -> int:
+        """Weights of all Linears."""
+        return sum(linear.view.rows * linear.view.columns for linear in self.architecture.linears)
+
+
+def stored_grid(checkpoint: Checkpoint, tensor: str) -> str:
+    """The float grid that holds a source tensor exactly, or the nearest one that does."""
+    dtype = checkpoint.spec(tensor).dtype.lower()
+    return dtype if dtype in ("f32", "f16", "bf16") else "f32"
+
+
+def _base(
+    architecture: Architecture, checkpoint: Checkpoint, target: Format, recipe: Recipe, importance: bool
+) -> dict[str, tuple[str, str]]:
+    """Linear name to (grid, reason) before rules."""
+    if recipe.preset is not None:
+        return dict(target.preset(recipe.preset, architecture, importance))
+    chosen: dict[str, tuple[str, str]] = {}
+    for linear in architecture.linears:
+        source = stored_grid(checkpoint, linear.view.tensor)
+        if recipe.grid is None:
+            chosen[linear.name] = (source, "no rule names it: kept as stored")
+        elif linear.role in APART:
+            chosen[linear.name] = target.default_grid(linear, architecture, recipe.grid, source)
+        else:
+            chosen[linear.name] = (recipe.grid, "--grid")
+    return chosen
+
+
+def _override(chosen: dict[str, tuple[str, str]], architecture: Architecture, role: Role, name: str | None) -> None:
+    if name is None:
+        return
+    found = [linear.name for linear in architecture.linears if linear.role is role]
+    if not found:
+        tied = " (the head is tied to the embedding: use --embedding)" if role is Role.HEAD else ""
+        raise UsageError(f"--{role.value} {name}: this model has no {role.value}{tied}")
+    for linear in found:
+        chosen[linear] = (name, f"--{role.value}")
+
+
+def _apply_rules(decisions: dict[str, Decision], architecture: Architecture, recipe: Recipe) -> None:
+    for index, rule in enumerate(recipe.rules):
+        matched = [linear for linear in architecture.linears if rule.matches(linear)]
+        if not matched:
+            raise UsageError(f"rule {index} ({rule.describe()}) matches no Linear of this model; remove or correct it")
+        for linear in matched:
+            now = decisions[linear.name]
+            decisions[linear.name] = replace(
+                now,
+                requested=rule.grid or now.requested,
+                grid=rule.grid or now.grid,
+                algorithm=rule.algorithm or now.algorithm,
+                options=rule.options or now.options,
+                reason=rule.describe(),
+            )
+
+
+def _fit(decision: Decision, linear: Linear, target: Format) -> Decision:
+    """The decision, or the format's documented fallback where the shape does not lie on the grid."""
+    reason = find_grid(decision.grid).refuses(linear.shape)
+    if reason is None:
+        return decision
+    fallback = target.fallback(decision.grid, linear)
+    if fallback is None:
+        raise UnsupportedError(f"{linear.name}: {decision.grid} does not fit: {reason}; choose another grid for it")
+    return replace(decision, grid=fallback, reason=f"{decision.reason}; {reason}: falls back to {fallback}")
+
+
+def _check_ties(decisions: Mapping[str, Decision], ties: Mapping[str, str]) -> dict[str, Decision]:
+    """Decisions with their tie groups. Raises UsageError when a group would be split over grids."""
+    first: dict[str, Decision] = {}
+    tied = {}
+    for name, decision in decisions.items():
+        group = ties.get(name)
+        if group is not None:
+            leader = first.setdefault(group, decision)
+            if leader.grid != decision.grid:
+                raise UsageError(
+                    f"{leader.linear} ({leader.grid}) and {name} ({decision.grid}) are one tensor in the target "
+                    f"({group}) and must share a grid; make the rules agree"
+                )
+        tied[name] = replace(decision, tie_group=group)
+    return tied
+
+
+def make_plan(
+    architecture: Architecture, checkpoint: Checkpoint, target: Format, recipe: Recipe, importance: bool
+) -> Plan:
+    """Decide every Linear and every carried tensor.
+
+    Raises UsageError for rules that match nothing or contradict each other, UnsupportedError when the format cannot
+    hold the plan (all reasons in one message).
+    """
+    base = _base(architecture, checkpoint, target, recipe, importance)
+    _override(base, architecture, Role.EMBEDDING, recipe.embedding)
+    _override(base, architecture, Role.HEAD, recipe.head)
+    decisions = {
+        name: Decision(name, grid, grid, reason, recipe.algorithm, recipe.options)
+        for name, (grid, reason) in base.items()
+    }
+    _apply_rules(decisions, architecture, recipe)
+    by_name = architecture.by_name
+    for name, decision in decisions.items():
+        ALGORITHMS.get(decision.algorithm)
+        decisions[name] = _fit(decision, by_name[name], target)
+    plan = Plan(
+        family=architecture.family,
+        decisions=_check_ties(decisions, target.ties(architecture)),
+        carried={carried.name: target.default_carried for carried in architecture.carried},
+        label=recipe.preset or recipe.grid or "recipe",
+        importance=importance,
+    )
+    reasons = target.refuses(architecture, plan, checkpoint)
+    if reasons:
+        raise UnsupportedError(f"{target.name} cannot hold this plan: " + "; ".join(reasons))
+    return plan
+
+
+def make_job(
+    architecture: Architecture, checkpoint: Checkpoint, target: Format, recipe: Recipe, importance: bool
+) -> Job:
+    """Plan and layout together."""
+    plan = make_plan(architecture, checkpoint, target, recipe, importance)
+    return Job(checkpoint, architecture, target, recipe, plan, target.layout(architecture, plan, checkpoint))

@@ -1,0 +1,178 @@
+"""Recipe: what to do, as data. A TOML file and the flags of the command line become the same frozen object."""
+
+import fnmatch
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from anyquant.core.errors import BadInputError, UsageError
+from anyquant.core.linear import Linear, Role
+from anyquant.core.registry import suggest
+
+SCHEMA = 1
+MAXIMUM_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Linears that match all given conditions take the grid and algorithm. Later rules win.
+
+    `role` is a Role or "" for any; `pattern` a shell pattern over Linear names ("blocks.*.attn_v"); `blocks` a range
+    (first, last), both included.
+    """
+
+    role: str = ""
+    pattern: str = ""
+    blocks: tuple[int, int] | None = None
+    grid: str | None = None
+    algorithm: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def matches(self, linear: Linear) -> bool:
+        if self.role and linear.role != self.role:
+            return False
+        if self.pattern and not fnmatch.fnmatchcase(linear.name, self.pattern):
+            return False
+        if self.blocks is not None:
+            return linear.block is not None and self.blocks[0] <= linear.block <= self.blocks[1]
+        return True
+
+    def describe(self) -> str:
+        """The conditions, for messages and reasons."""
+        given = {"role": self.role, "pattern": self.pattern, "blocks": self.blocks}
+        return "rule " + ", ".join(f"{key}={value}" for key, value in given.items() if value) or "rule"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """`data_free` turns statistics off. `tokens` bounds the calibration text, `context` is the window length.
+
+    `imatrix` is a llama.cpp importance file to use instead of collecting statistics.
+    """
+
+    data_free: bool = False
+    text: str | None = None
+    tokens: int = 65_536
+    context: int = 512
+    imatrix: str | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Base choice (`preset` of the format, or `grid` for block Linears), then ordered rules."""
+
+    preset: str | None = None
+    grid: str | None = None
+    algorithm: str = "rtn"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    embedding: str | None = None
+    head: str | None = None
+    rules: tuple[Rule, ...] = ()
+    calibration: Calibration = Calibration()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, JSON-ready."""
+        return {"version": SCHEMA, **asdict(self)}
+
+    def digest(self) -> str:
+        """sha256 of the canonical JSON: the identity of the job."""
+        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def _known(table: Mapping[str, Any], allowed: set[str], where: str) -> None:
+    for key in table:
+        if key not in allowed:
+            raise UsageError(f"{where}: unknown key {key!r}; {suggest(key, sorted(allowed))}")
+
+
+def _typed(table: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
+    value = table.get(key)
+    if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
+        raise UsageError(f"{where}: {key} is {value!r}, expected {kind.__name__}")
+    return value
+
+
+def _rule(table: Any, index: int) -> Rule:
+    where = f"rule {index}"
+    if not isinstance(table, dict):
+        raise UsageError(f"{where}: expected a table, [[rule]]")
+    _known(table, {"role", "pattern", "blocks", "grid", "algorithm", "options"}, where)
+    role = _typed(table, "role", str, where) or ""
+    if role and role not in list(Role):
+        raise UsageError(f"{where}: unknown role {role!r}; {suggest(role, [str(r) for r in Role])}")
+    blocks = _typed(table, "blocks", list, where)
+    if blocks is not None and (len(blocks) != 2 or not all(isinstance(b, int) for b in blocks)):
+        raise UsageError(f"{where}: blocks is {blocks!r}, expected [first, last]")
+    grid, algorithm = _typed(table, "grid", str, where), _typed(table, "algorithm", str, where)
+    if grid is None and algorithm is None:
+        raise UsageError(f"{where}: names neither a grid nor an algorithm")
+    return Rule(
+        role=role,
+        pattern=_typed(table, "pattern", str, where) or "",
+        blocks=None if blocks is None else (blocks[0], blocks[1]),
+        grid=grid,
+        algorithm=algorithm,
+        options=_typed(table, "options", dict, where) or {},
+    )
+
+
+def _calibration(table: Mapping[str, Any]) -> Calibration:
+    where = "calibration"
+    _known(table, {"data_free", "text", "tokens", "context", "imatrix"}, where)
+    default = Calibration()
+    tokens, context = _typed(table, "tokens", int, where), _typed(table, "context", int, where)
+    for key, value in (("tokens", tokens), ("context", context)):
+        if value is not None and value < 2:
+            raise UsageError(f"{where}: {key} is {value}, expected at least 2")
+    return Calibration(
+        data_free=bool(_typed(table, "data_free", bool, where)),
+        text=_typed(table, "text", str, where),
+        tokens=default.tokens if tokens is None else tokens,
+        context=default.context if context is None else context,
+        imatrix=_typed(table, "imatrix", str, where),
+    )
+
+
+def parse_recipe(table: Mapping[str, Any]) -> Recipe:
+    """A recipe from parsed TOML. Raises UsageError naming the key that is wrong."""
+    _known(
+        table,
+        {"version", "preset", "grid", "algorithm", "options", "embedding", "head", "rule", "calibration"},
+        "recipe",
+    )
+    if table.get("version") != SCHEMA:
+        raise UsageError(f"recipe: version is {table.get('version')!r}, this AnyQuant reads version {SCHEMA}")
+    rules = _typed(table, "rule", list, "recipe") or []
+    recipe = Recipe(
+        preset=_typed(table, "preset", str, "recipe"),
+        grid=_typed(table, "grid", str, "recipe"),
+        algorithm=_typed(table, "algorithm", str, "recipe") or "rtn",
+        options=_typed(table, "options", dict, "recipe") or {},
+        embedding=_typed(table, "embedding", str, "recipe"),
+        head=_typed(table, "head", str, "recipe"),
+        rules=tuple(_rule(rule, index) for index, rule in enumerate(rules)),
+        calibration=_calibration(_typed(table, "calibration", dict, "recipe") or {}),
+    )
+    if recipe.preset is not None and recipe.grid is not None:
+        raise UsageError("recipe: give preset or grid, not both")
+    return recipe
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe file. Raises BadInputError when it is not TOML, UsageError when it says something unknown."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAXIMUM_BYTES + 1)
+    except OSError as error:
+        raise BadInputError(f"cannot read the recipe {path}: {error.strerror}") from None
+    if len(text) > MAXIMUM_BYTES:
+        raise BadInputError(f"the recipe {path} is larger than {MAXIMUM_BYTES} bytes")
+    try:
+        table = tomllib.loads(text.decode("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadInputError(f"the recipe {path} is not TOML: {error}") from None
+    return parse_recipe(table)

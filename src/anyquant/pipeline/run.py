@@ -1,0 +1,141 @@
+"""Execute a plan: read a row block, quantize it, pack it, write it to its place. Nothing is kept."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from anyquant.algorithms import ALGORITHMS
+from anyquant.core.checkpoint import read_tensor
+from anyquant.core.dtypes import Float32
+from anyquant.core.errors import OutputError
+from anyquant.core.grid import Grid
+from anyquant.core.linear import Linear
+from anyquant.core.plan import Chunk, Layout, Unit
+from anyquant.core.progress import Progress
+from anyquant.core.qtensor import QTensor
+from anyquant.grids import grid as find_grid
+from anyquant.pipeline.blocks import Block, blocks, check_finite, read_block
+from anyquant.pipeline.executors.threads import run_all
+from anyquant.pipeline.planner import Job
+
+
+class Importance(Protocol):
+    """Mean squared activation of each input channel of a Linear, or None where there is none."""
+
+    def importance(self, linear: Linear) -> Float32 | None: ...
+
+
+class Unweighted:
+    """No calibration: every channel counts the same."""
+
+    def importance(self, linear: Linear) -> Float32 | None:
+        return None
+
+
+class Sink(Protocol):
+    """Where files of a layout are written: a stage."""
+
+    def create_sized(self, relative: str, nbytes: int) -> int: ...
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `verify` compares with: sha256 of every chunk, by (part, offset), and errors of the sampled blocks."""
+
+    digests: Mapping[tuple[str, int], bytes]
+    sampled: Mapping[tuple[str, int], tuple[float, float]]
+
+
+def squared_error(weights: Float32, decoded: Float32, grid: Grid, importance: Float32 | None) -> tuple[float, float]:
+    """(sum w (x - q)^2, sum w x^2) with the grid's own weighting, in float64."""
+    steer = grid.weighting(weights, importance)
+    difference = weights - decoded
+    np.multiply(difference, difference, out=difference)
+    difference *= steer
+    energy = weights * weights
+    energy *= steer
+    return float(difference.sum(dtype=np.float64)), float(energy.sum(dtype=np.float64))
+
+
+class _Files:
+    """The open files of a layout; chunks go to their place with pwrite, from any thread."""
+
+    def __init__(self, layout: Layout, sink: Sink) -> None:
+        self._place = {part.name: (file.path, part.offset) for file in layout.files for part in file.parts}
+        self._fds: dict[str, int] = {}
+        for file in layout.files:
+            self._fds[file.path] = sink.create_sized(file.path, file.nbytes)
+            self._write(self._fds[file.path], file.prefix, 0, file.path)
+
+    def write(self, chunk: Chunk) -> bytes:
+        """Write a chunk and return its sha256."""
+        path, start = self._place[chunk.part]
+        data = memoryview(np.ascontiguousarray(chunk.data)).cast("B")
+        self._write(self._fds[path], data, start + chunk.offset, path)
+        return hashlib.sha256(data).digest()
+
+    @staticmethod
+    def _write(fd: int, data: bytes | memoryview, offset: int, path: str) -> None:
+        view = memoryview(data)
+        while view:
+            try:
+                count = os.pwrite(fd, view, offset)
+            except OSError as error:
+                raise OutputError(f"writing {path} failed: {error.strerror}") from None
+            view, offset = view[count:], offset + count
+
+
+def quantize_block(job: Job, block: Block, statistics: Importance) -> tuple[QTensor, Float32, Float32 | None]:
+    """The quantized rows of a block, the source rows and the importance used."""
+    decision = job.plan.decisions[block.linear.name]
+    grid = find_grid(decision.grid)
+    importance = statistics.importance(block.linear)
+    weights = read_block(job, block)
+    algorithm = ALGORITHMS.get(decision.algorithm)
+    return algorithm.quantize(weights, grid, importance, decision.options), weights, importance
+
+
+def _carry(job: Job, unit: Unit, files: _Files) -> dict[tuple[str, int], bytes]:
+    digests = {}
+    for name in unit.carried:
+        carried = job.architecture.carried_by_name[name]
+        values = read_tensor(job.checkpoint, carried.tensor).reshape(-1)[carried.start : carried.start + carried.length]
+        check_finite(values, f"tensor {carried.tensor} ({name})")
+        for chunk in job.format.carry(unit, job.architecture, values):
+            digests[chunk.part, chunk.offset] = files.write(chunk)
+    return digests
+
+
+def execute(job: Job, statistics: Importance, sink: Sink, threads: int, progress: Progress) -> Written:
+    """Write every file of the job's layout into `sink`.
+
+    Peak memory is a few row blocks per thread, whatever the size of the model or of its largest tensor.
+    Raises BadInputError for weights that are not finite, OutputError when the disk fails.
+    """
+    files = _Files(job.layout, sink)
+    digests: dict[tuple[str, int], bytes] = {}
+    sampled: dict[tuple[str, int], tuple[float, float]] = {}
+    for unit in job.layout.units:
+        digests.update(_carry(job, unit, files))
+
+    def work(block: Block) -> tuple[dict[tuple[str, int], bytes], tuple[float, float] | None]:
+        rows, weights, importance = quantize_block(job, block, statistics)
+        chunks = job.format.pack(block.unit, job.architecture, block.linear.name, block.first, rows)
+        error = squared_error(weights, rows.decode(), rows.grid, importance) if block.first == 0 else None
+        return {(chunk.part, chunk.offset): files.write(chunk) for chunk in chunks}, error
+
+    def done(block: Block, result: tuple[dict[tuple[str, int], bytes], tuple[float, float] | None]) -> None:
+        written, error = result
+        digests.update(written)
+        if error is not None:
+            sampled[block.key] = error
+        progress.advance(block.weights)
+
+    progress.start("quantize", job.weights, "w")
+    run_all(work, blocks(job), threads, done)
+    progress.finish()
+    return Written(digests, sampled)

@@ -1,0 +1,46 @@
+"""Targets: what `--for` may name, and which format and runtime that means. Facts in runtimes/data/engines.toml."""
+
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+from anyquant.core.errors import UsageError
+from anyquant.core.registry import suggest
+
+
+@dataclass(frozen=True)
+class Target:
+    """`runtime` is what proves the artifact here; `default_preset` what is made when nothing is asked for."""
+
+    name: str
+    format: str
+    runtime: str
+    default_preset: str
+    ladder: tuple[str, ...]
+    note: str
+
+
+@cache
+def targets() -> dict[str, Target]:
+    """All targets by name."""
+    table = tomllib.loads((files("anyquant.runtimes") / "data" / "engines.toml").read_text(encoding="utf-8"))
+    return {
+        name: Target(
+            name=name,
+            format=row["format"],
+            runtime=row["runtime"],
+            default_preset=row["default_preset"],
+            ladder=tuple(row["ladder"]),
+            note=row["note"],
+        )
+        for name, row in table["engine"].items()
+    }
+
+
+def target(name: str) -> Target:
+    """The target called `name`. Raises UsageError with the nearest names."""
+    known = targets()
+    if name not in known:
+        raise UsageError(f"unknown target {name!r}; {suggest(name, list(known))}")
+    return known[name]

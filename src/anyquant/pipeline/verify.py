@@ -1,0 +1,133 @@
+"""Reopen what was written, decode every tensor, and compare it with the plan and with the source."""
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from anyquant.core.dtypes import Bytes
+from anyquant.core.errors import AnyQuantError
+from anyquant.core.progress import Progress
+from anyquant.pipeline.blocks import Block, blocks, read_block
+from anyquant.pipeline.executors.threads import run_all
+from anyquant.pipeline.planner import Job
+from anyquant.pipeline.run import Importance, Written, squared_error
+
+HASH_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Verified:
+    """`errors`: relative weighted squared error of every Linear, computed from the bytes on disk.
+
+    `hashes`: sha256 of every file.
+    """
+
+    errors: Mapping[str, float]
+    hashes: Mapping[str, str]
+
+
+class _Reader:
+    """The bytes of parts, read back from the files on disk; usable from any thread."""
+
+    def __init__(self, job: Job, folder: Path) -> None:
+        self._place = {name: (file.path, part.offset) for name, (file, part) in job.layout.locate().items()}
+        self._fds = {file.path: os.open(folder / file.path, os.O_RDONLY) for file in job.layout.files}
+
+    def read(self, part: str, offset: int, nbytes: int) -> Bytes:
+        path, start = self._place[part]
+        data = os.pread(self._fds[path], nbytes, start + offset)
+        if len(data) != nbytes:
+            raise AnyQuantError(f"verify: {path}: {part} ends early, {len(data)} of {nbytes} bytes")
+        return np.frombuffer(data, dtype=np.uint8)
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+
+
+def _check_structure(job: Job, folder: Path) -> None:
+    """The format's own bounded reader must find every planned part, no other, where the plan put it."""
+    planned = {name: part for name, (_, part) in job.layout.locate().items()}
+    found = job.format.parts(folder)
+    if set(planned) != set(found):
+        odd = sorted(set(planned) ^ set(found))
+        raise AnyQuantError(f"verify: planned and written tensors differ: {', '.join(odd[:5])}")
+    for name, part in planned.items():
+        if found[name] != part:
+            raise AnyQuantError(f"verify: {name} was planned as {part} and reads back as {found[name]}")
+    for file in job.layout.files:
+        size = (folder / file.path).stat().st_size
+        if size != file.nbytes:
+            raise AnyQuantError(f"verify: {file.path} has {size} bytes, planned were {file.nbytes}")
+
+
+def _check_digests(written: Written, reader: _Reader, sizes: Mapping[tuple[str, int], int]) -> None:
+    for (part, offset), digest in written.digests.items():
+        if hashlib.sha256(reader.read(part, offset, sizes[part, offset])).digest() != digest:
+            raise AnyQuantError(f"verify: {part} at {offset} differs from what was written")
+
+
+def _sizes(job: Job, written: Written) -> dict[tuple[str, int], int]:
+    """Bytes of each written chunk: up to the next chunk of its part, or the end of the part."""
+    starts: dict[str, list[int]] = defaultdict(list)
+    for part, offset in written.digests:
+        starts[part].append(offset)
+    ends = {name: part.nbytes for name, (_, part) in job.layout.locate().items()}
+    sizes = {}
+    for part, offsets in starts.items():
+        ordered = sorted(offsets)
+        for start, stop in zip(ordered, [*ordered[1:], ends[part]], strict=True):
+            sizes[part, start] = stop - start
+    return sizes
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, hexadecimal, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(HASH_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def verify(
+    job: Job, folder: Path, written: Written, statistics: Importance, threads: int, progress: Progress
+) -> Verified:
+    """Compare the artifact in `folder` with the plan and the source.
+
+    Names, types, shapes and offsets through the format's reader; sha256 of every chunk; every tensor unpacked and
+    decoded from the bytes on disk and compared with the source weights. Raises AnyQuantError at the first difference.
+    """
+    _check_structure(job, folder)
+    reader = _Reader(job, folder)
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+
+    def work(block: Block) -> tuple[float, float]:
+        name = block.linear.name
+        places = job.format.slices(block.unit, job.architecture, name, block.first, block.rows)
+        raw = {part: reader.read(part, offset, nbytes) for part, offset, nbytes in places}
+        rows = job.format.unpack(block.unit, job.architecture, name, block.first, block.rows, raw)
+        return squared_error(read_block(job, block), rows.decode(), rows.grid, statistics.importance(block.linear))
+
+    def done(block: Block, error: tuple[float, float]) -> None:
+        recorded = written.sampled.get(block.key)
+        if recorded is not None and recorded != error:
+            raise AnyQuantError(f"verify: {block.linear.name} decodes to error {error}, was {recorded} when written")
+        sums[block.linear.name][0] += error[0]
+        sums[block.linear.name][1] += error[1]
+        progress.advance(block.weights)
+
+    try:
+        _check_digests(written, reader, _sizes(job, written))
+        progress.start("verify", job.weights, "w")
+        run_all(work, blocks(job), threads, done)
+        progress.finish()
+    finally:
+        reader.close()
+    errors = {name: noise / energy if energy else 0.0 for name, (noise, energy) in sums.items()}
+    return Verified(errors, {file.path: file_hash(folder / file.path) for file in job.layout.files})
