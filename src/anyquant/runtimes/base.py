@@ -1,0 +1,83 @@
+"""What a runtime is: it says whether it can open an artifact, opens it, and answers with logits, text and speed."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+Logits = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Measured throughput in tokens per second: of a prompt taken at once, and of generation one token at a time."""
+
+    prompt_tokens: int
+    generated_tokens: int
+    prompt_per_second: float
+    generated_per_second: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that the runtime itself reports: weights, key-value cache, working buffers."""
+
+    weights: int
+    cache: int
+    compute: int
+
+
+class Session(Protocol):
+    """An artifact opened in a runtime; also a context manager that frees it."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids, the width of the logits."""
+        ...
+
+    @property
+    def context(self) -> int:
+        """Most tokens that one sequence can hold."""
+        ...
+
+    def tokenize(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
+        """Token ids. `add_special` adds what the model's settings ask for (a BOS), `parse_special` reads the text of a
+        control token, such as "<s>", as that token."""
+        ...
+
+    def detokenize(self, ids: Sequence[int]) -> str: ...
+
+    def logits(self, tokens: Sequence[int]) -> Logits:
+        """Logits after every position of a fresh sequence: float32 (tokens, vocabulary)."""
+        ...
+
+    def generate(self, prompt: str, tokens: int, temperature: float = 0.0, seed: int = 0) -> Iterator[str]:
+        """The continuation of `prompt`, piece by piece, at most `tokens` of them; temperature 0 is greedy."""
+        ...
+
+    def speed(self, clock: Callable[[], float], prompt_tokens: int = 128, generated: int = 64) -> Speed:
+        """Throughput as seen by `clock` (seconds)."""
+        ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *failure: object) -> None: ...
+
+
+class Runtime(Protocol):
+    """Opens artifacts. `name` is what the user calls it."""
+
+    name: str
+
+    def check(self, artifact: Path) -> list[str]:
+        """Every reason why the artifact cannot be opened here, found without loading it. Empty when there is none."""
+        ...
+
+    def load(self, artifact: Path, context: int = 512, threads: int | None = None) -> Session:
+        """Open the artifact for sequences of up to `context` tokens."""
+        ...
