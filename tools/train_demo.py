@@ -1,4 +1,4 @@
-"""Train the demo model: a small Llama on the text that every CPython carries. Minutes on a GPU, about 20 on a CPU.
+"""Train the demo model: a small Llama on the text that every CPython carries. Minutes on a GPU, about 20 on one CPU core.
 
     python tools/train_demo.py --output FOLDER [--steps N] [--batch N] [--seed N] [--device cpu|cuda]
 
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 from anyquant.demo.text import split_documents, training_documents
 
 VOCABULARY = 2048
-CONTEXT = 1024
+CONTEXT = 512
 BEGIN, END = "<s>", "</s>"
 
 
@@ -129,7 +129,7 @@ def train(
             group["lr"] = rate_at(step, options.steps, options.rate)
         starts = torch.randint(0, len(stream) - CONTEXT, (options.batch,), generator=generator)
         ids = stream[starts[:, None] + offsets].to(device)
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda")):
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
             logits = model(ids, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
         optimizer.zero_grad(set_to_none=True)
@@ -166,7 +166,7 @@ def write(model: LlamaForCausalLM, tokenizer: tokenizers.Tokenizer, folder: Path
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train AnyQuant's demo model.")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--steps", type=int, default=None, help="default: 1500 on a GPU, 150 on a CPU")
+    parser.add_argument("--steps", type=int, default=None, help="default: 3000 on a GPU, 1500 on a CPU")
     parser.add_argument("--batch", type=int, default=None, help="windows per step; default: 32 on a GPU, 8 on a CPU")
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--dropout", type=float, default=0.1)
@@ -174,7 +174,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     on_gpu = options.device.startswith("cuda")
-    options.steps = options.steps or (1500 if on_gpu else 150)
+    options.steps = options.steps or (3000 if on_gpu else 1500)
     options.batch = options.batch or (32 if on_gpu else 8)
     return options
 
