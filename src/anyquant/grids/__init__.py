@@ -1,0 +1,62 @@
+"""Grids: the sets of values that a weight may take, one family per file, found by name and loaded when used.
+
+A grid name tells its family: "f16" is floating, "q8_0" legacy, "q4_k" kquant, "int4-g128" integer. Third parties add
+grids through the entry-point group `anyquant.grids`: the name is the grid's, the object a `core.grid.Grid`.
+"""
+
+import importlib
+import re
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+
+from anyquant.core.errors import AnyQuantError, UsageError
+from anyquant.core.grid import Grid
+from anyquant.core.registry import suggest
+
+GROUP = "anyquant.grids"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A module with `make(name) -> Grid` for every name that `pattern` matches; `names` are the ones worth listing."""
+
+    module: str
+    pattern: str
+    names: tuple[str, ...]
+
+
+FAMILIES = (
+    Family("anyquant.grids.floating", r"f32|f16|bf16", ("f32", "f16", "bf16")),
+    Family("anyquant.grids.legacy", r"q8_0|q[45]_[01]", ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1")),
+    Family("anyquant.grids.kquant", r"q[2-6]_k", ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")),
+    Family(
+        "anyquant.grids.integer",
+        r"int[2-8]-g(16|32|64|128|256)",
+        tuple(f"int{bits}-g{group}" for bits in range(2, 9) for group in (16, 32, 64, 128, 256)),
+    ),
+)
+
+
+def names() -> list[str]:
+    """Every grid name: built-in ones, then those of installed plug-ins."""
+    builtin = [name for family in FAMILIES for name in family.names]
+    return builtin + sorted({point.name for point in entry_points(group=GROUP)} - set(builtin))
+
+
+@cache
+def grid(name: str) -> Grid:
+    """The grid called `name`. Raises UsageError with the nearest names when there is none."""
+    for family in FAMILIES:
+        if re.fullmatch(family.pattern, name):
+            made = importlib.import_module(family.module).make(name)
+            return _checked(name, made)
+    for point in entry_points(group=GROUP, name=name):
+        return _checked(name, point.load())
+    raise UsageError(f"unknown grid {name!r}; {suggest(name, names())}")
+
+
+def _checked(name: str, candidate: object) -> Grid:
+    if not isinstance(candidate, Grid):
+        raise AnyQuantError(f"grid {name!r}: its module gives a {type(candidate).__name__}, expected a Grid")
+    return candidate
