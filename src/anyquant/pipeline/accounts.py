@@ -46,9 +46,9 @@ def make_ledger(job: Job, errors: Mapping[str, float] | None = None) -> Ledger:
         for name in unit.carried:
             carried = architecture.carried_by_name[name]
             spec = checkpoint.spec(carried.tensor)
-            nbytes = sum(places[part].nbytes for part in unit.parts)
-            for part in unit.parts:
-                claimed[part] += places[part].nbytes
+            nbytes = sum(places[stored].nbytes for stored in unit.parts)
+            for stored in unit.parts:
+                claimed[stored] += places[stored].nbytes
             lines.append(
                 Line(
                     name=name,
@@ -64,9 +64,9 @@ def make_ledger(job: Job, errors: Mapping[str, float] | None = None) -> Ledger:
                     reason="kept in float",
                 )
             )
-    for name, part in places.items():
-        if claimed[name] != part.nbytes:
-            raise AnyQuantError(f"ledger: {claimed[name]} of {part.nbytes} bytes of {name} are accounted for")
+    for name, place in places.items():
+        if claimed[name] != place.nbytes:
+            raise AnyQuantError(f"ledger: {claimed[name]} of {place.nbytes} bytes of {name} are accounted for")
     unused = tuple((name, checkpoint.spec(name).nbytes, reason) for name, reason in architecture.unused.items())
     ledger = Ledger(tuple(lines), unused)
     ledger.balance(sum(checkpoint.spec(name).nbytes for name in checkpoint.names()), job.layout.payload)

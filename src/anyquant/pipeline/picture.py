@@ -112,7 +112,7 @@ def size_and_loss(points: Sequence[Point], limit: float | None) -> str:
 
 
 def error_map(cells: Sequence[tuple[int, str, float, str]]) -> str:
-    """An SVG heat map of relative errors: (block, role, error, grid) per Linear; darker is larger, hover for numbers."""
+    """An SVG heat map of relative errors: (block, role, error, grid) per Linear; darker is larger."""
     if not cells:
         return ""
     roles = list(dict.fromkeys(role for _, role, _, _ in cells))

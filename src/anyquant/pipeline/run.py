@@ -74,7 +74,7 @@ class _Files:
     def write(self, chunk: Chunk) -> bytes:
         """Write a chunk and return its sha256."""
         path, start = self._place[chunk.part]
-        data = memoryview(np.ascontiguousarray(chunk.data)).cast("B")
+        data = memoryview(chunk.data).cast("B")
         self._write(self._fds[path], data, start + chunk.offset, path)
         return hashlib.sha256(data).digest()
 

@@ -68,7 +68,7 @@ def _check_structure(job: Job, folder: Path) -> None:
 
 def _check_digests(written: Written, reader: _Reader, sizes: Mapping[tuple[str, int], int]) -> None:
     for (part, offset), digest in written.digests.items():
-        if hashlib.sha256(reader.read(part, offset, sizes[part, offset])).digest() != digest:
+        if hashlib.sha256(reader.read(part, offset, sizes[part, offset]).data).digest() != digest:
             raise AnyQuantError(f"verify: {part} at {offset} differs from what was written")
 
 

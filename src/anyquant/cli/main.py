@@ -1,0 +1,78 @@
+"""The command line: one verb per file, loaded when it is used; user mistakes are one line, never a traceback."""
+
+import importlib
+import os
+import sys
+
+import click
+
+from anyquant import __version__
+from anyquant.core.errors import AnyQuantError
+
+# verb -> one line of help, so that `--help` imports nothing
+VERBS = {
+    "make": "Quantize a model for a target, prove it in the runtime, publish it with a report.",
+    "plan": "Dry run: every tensor, its grid, exact bytes, memory and time; nothing is written.",
+    "inspect": "What a checkpoint or an artifact holds.",
+    "evaluate": "Measure an artifact against the original on a text.",
+    "run": "Generate text with an artifact, in its own runtime.",
+}
+
+
+class Verbs(click.Group):
+    """Loads the module of a verb only when the verb is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        command: click.Command = importlib.import_module(f"anyquant.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="anyquant")
+def anyquant() -> None:
+    """Quantize once, run anywhere, and prove it.
+
+    \b
+    anyquant make demo --for llama.cpp --quality balanced -o OUT
+    anyquant make PATH --for llama.cpp --preset Q4_K_M -o OUT
+
+    Exit codes: 0 ok, 1 bug, 2 usage, 3 contract failed, 4 inconclusive, 5 bad input, 6 unsupported, 7 output or disk,
+    8 missing extra.
+    """
+
+
+def main() -> None:
+    """Entry point: AnyQuant's own errors become one line and their exit code."""
+    # tokenizers warns about forked processes on every run otherwise; nothing here forks
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        anyquant.main(standalone_mode=False)
+    except AnyQuantError as error:
+        click.echo(f"anyquant: {error}", err=True)
+        sys.exit(error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(2)
+    except click.ClickException as error:
+        hint = f" (see: {error.ctx.command_path} --help)" if isinstance(error, click.UsageError) and error.ctx else ""
+        click.echo(f"anyquant: {error.format_message()}{hint}", err=True)
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("anyquant: interrupted; nothing was published", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

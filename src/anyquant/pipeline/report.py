@@ -1,0 +1,226 @@
+"""Report: what was asked, what was done to every byte, and what was measured. JSON, Markdown and one HTML page."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from anyquant.core.extras import require
+from anyquant.core.ledger import Ledger
+from anyquant.pipeline.picture import Point, error_map, human_bytes, size_and_loss
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Measured against the original on one split of the text: a value with its 95 % interval each.
+
+    `mean_kl` in nats per token, `same_top` and `perplexity_increase` as fractions.
+    """
+
+    split: str
+    documents: int
+    tokens: int
+    mean_kl: tuple[float, float, float]
+    kl_99_9: float
+    same_top: tuple[float, float, float]
+    perplexity: float
+    reference_perplexity: float
+    perplexity_increase: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """The runtime's logits against `transformers` running the weights decoded from the artifact's own bytes."""
+
+    documents: int
+    tokens: int
+    mean_kl: float
+    limit: float
+    tokens_equal: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything a person or a machine may ask about an artifact. Plain data."""
+
+    anyquant: str
+    model: str
+    family: str
+    target: str
+    label: str
+    artifact: str
+    nbytes: int
+    source_bytes: int
+    weights: int
+    status: str
+    sentences: tuple[str, ...]
+    contract: Mapping[str, Any]
+    loss: Loss | None
+    conversion: Conversion | None
+    speed: Mapping[str, float]
+    points: tuple[Point, ...]
+    ledger: Ledger
+    recipe: Mapping[str, Any]
+    data: Mapping[str, Any]
+    hashes: Mapping[str, str]
+    versions: Mapping[str, str]
+    seconds: Mapping[str, float]
+    peak_memory: int
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of all tensor data of the artifact per weight of the model's Linears."""
+        return 8 * sum(line.target_bytes for line in self.ledger.lines) / self.weights
+
+    @property
+    def limit(self) -> float | None:
+        value = self.contract.get("max_kl")
+        return None if value is None else float(value)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"schema": SCHEMA, "bits_per_weight": round(self.bits_per_weight, 4), **asdict(self)}
+
+    def grids(self) -> list[tuple[str, int, int, int]]:
+        """(grid, tensors, source bytes, target bytes) over the ledger, largest first."""
+        table: dict[str, list[int]] = {}
+        for line in self.ledger.lines:
+            row = table.setdefault(line.applied, [0, 0, 0])
+            row[0] += 1
+            row[1] += line.source_bytes
+            row[2] += line.target_bytes
+        return sorted(((name, *row) for name, row in table.items()), key=lambda row: -row[3])  # type: ignore[misc]
+
+    def pictures(self) -> Mapping[str, str]:
+        """SVG by name; empty strings where there is nothing to draw."""
+        cells = [
+            (int(line.name.split(".")[1]), line.role, line.error, line.applied)
+            for line in self.ledger.lines
+            if line.error is not None and line.name.startswith("blocks.") and ".experts." not in line.name
+        ]
+        return {"size": size_and_loss(self.points, self.limit), "errors": error_map(cells)}
+
+
+@cache
+def _environment() -> Any:
+    """Templates escape everything by default: names inside a checkpoint are not ours."""
+    jinja2 = require("jinja2")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["bytes"] = human_bytes
+    return environment
+
+
+def _template(name: str) -> Any:
+    source = (files("anyquant.pipeline") / "templates" / name).read_text(encoding="utf-8")
+    return _environment().from_string(source)
+
+
+def render_html(report: Report) -> str:
+    """One page, nothing loaded from anywhere."""
+    provenance = {
+        name: getattr(report, name) for name in ("contract", "recipe", "data", "versions", "hashes", "anyquant")
+    }
+    page: str = _template("report.html").render(
+        report=report,
+        pictures=report.pictures(),
+        rows=summary_rows(report),
+        provenance=json.dumps(provenance, indent=1, ensure_ascii=False),
+    )
+    return page
+
+
+def _cell(text: object) -> str:
+    return str(text).replace("|", "\\|").replace("\n", " ")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    return [
+        "| " + " | ".join(head) + " |",
+        "|" + "|".join("---" for _ in head) + "|",
+        *("| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows),
+    ]
+
+
+def _interval(value: tuple[float, float, float], scale: float = 1.0, form: str = ".5f") -> str:
+    middle, low, high = (format(v * scale, form) for v in value)
+    return f"{middle} ({low} to {high})"
+
+
+def summary_rows(report: Report) -> list[tuple[str, str]]:
+    """The figures a person reads first, in words."""
+    saved = 1 - report.nbytes / report.source_bytes
+    rows = [
+        ("verdict", report.status),
+        ("artifact", report.artifact),
+        ("size", f"{report.nbytes:,} bytes, {report.bits_per_weight:.2f} bits per weight, {saved:.0%} smaller"),
+    ]
+    if report.loss is not None:
+        loss = report.loss
+        change = _interval(loss.perplexity_increase, 100, "+.2f")
+        rows += [
+            ("mean KL", f"{_interval(loss.mean_kl)} nats, {loss.documents} documents, {loss.tokens:,} tokens"),
+            ("99.9 % KL", f"{loss.kl_99_9:.4f} nats"),
+            ("same top token", _interval(loss.same_top, 100, ".2f") + " %"),
+            (
+                "perplexity",
+                f"{loss.perplexity:.3f}, original {loss.reference_perplexity:.3f}, {change} %",
+            ),
+        ]
+    if report.conversion is not None:
+        check = report.conversion
+        ids = "token ids equal" if check.tokens_equal else "TOKEN IDS DIFFER"
+        rows.append(("conversion error", f"{check.mean_kl:.2e} nats (limit {check.limit:g}), {ids}"))
+    if report.speed:
+        rows.append(("speed", ", ".join(f"{name} {value:.0f} tokens/s" for name, value in report.speed.items())))
+    rows.append(("peak memory", f"{human_bytes(report.peak_memory)}"))
+    rows.append(("time", ", ".join(f"{name} {value:.1f} s" for name, value in report.seconds.items())))
+    return rows
+
+
+def render_markdown(report: Report) -> str:
+    """The report as a page for a repository or a model card."""
+    lines = [f"# {report.label} for {report.target}: {report.status}", ""]
+    lines += [f"- {sentence}" for sentence in report.sentences]
+    lines += [f"- warning: {warning}" for warning in report.warnings]
+    lines += ["", *_table(("", ""), summary_rows(report)), "", "## Measured", ""]
+    lines += _table(
+        ("", "bytes", "mean KL", "interval", ""),
+        [
+            (p.label, f"{p.nbytes:,}", f"{p.kl:.5f}", f"{p.low:.5f} to {p.high:.5f}", "delivered" if p.chosen else "")
+            for p in report.points
+        ],
+    )
+    lines += ["", "## Where the bytes went", ""]
+    lines += _table(
+        ("grid", "tensors", "source bytes", "artifact bytes"),
+        [(name, count, f"{a:,}", f"{b:,}") for name, count, a, b in report.grids()],
+    )
+    lines += ["", "## Ledger", ""]
+    lines += _table(
+        ("tensor", "source", "asked for", "applied", "bytes", "relative error", "why"),
+        [
+            (
+                line.name,
+                f"{line.source} ({line.source_dtype})",
+                line.requested,
+                line.applied,
+                f"{line.target_bytes:,}",
+                "" if line.error is None else f"{line.error:.2e}",
+                line.reason,
+            )
+            for line in report.ledger.lines
+        ],
+    )
+    lines += [f"- unused: {name} ({nbytes:,} bytes): {why}" for name, nbytes, why in report.ledger.unused]
+    return "\n".join(lines) + "\n"
+
+
+def render_json(report: Report) -> str:
+    return json.dumps(report.as_dict(), indent=1, ensure_ascii=False) + "\n"
