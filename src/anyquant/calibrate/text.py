@@ -1,0 +1,268 @@
+"""Text to documents of token ids, and three disjoint splits: calibrate (statistics), select (search), certify (verdict).
+
+A Document is the unit of the later statistics: one window of at most `context` tokens. Windows of one `source` (a file
+of a folder, a record of a JSONL file) stay in one split; of a single text file every window is its own source, in order.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from anyquant.core.errors import BadInputError, InconclusiveError, UsageError
+from anyquant.core.extras import require
+from anyquant.demo.text import split_documents
+
+_PIECE = 1 << 18  # characters tokenized at once, so that a huge file costs only what the budget takes from it
+_SHORTEST = 32  # tokens; a shorter rest of a cut text says little and is left out
+
+
+@dataclass(frozen=True)
+class Document:
+    """`tokens` are the ids as the model gets them, special tokens included. `source`: see the module's text."""
+
+    name: str
+    tokens: tuple[int, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """`encode` gives ids without special tokens; `prefix` is what the model expects in front (BOS), often empty.
+
+    `suffix` is what the tokenizer puts after a complete text, nearly always empty.
+    """
+
+    encode: Callable[[str], list[int]]
+    prefix: tuple[int, ...] = ()
+    suffix: tuple[int, ...] = ()
+
+    def whole(self, text: str) -> list[int]:
+        """The ids of a complete text, special tokens included."""
+        return [*self.prefix, *self.encode(text), *self.suffix]
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """Per split, in the order calibrate, select, certify: tokens at most, and documents at least.
+
+    The tokens also give the shares in which a text is divided. 30 documents are the fewest that allow a verdict.
+    """
+
+    tokens: tuple[int, int, int] = (98304, 32768, 65536)
+    documents: tuple[int, int, int] = (8, 8, 30)
+
+
+class Splits(NamedTuple):
+    """Three disjoint parts of the text."""
+
+    calibrate: tuple[Document, ...]
+    select: tuple[Document, ...]
+    certify: tuple[Document, ...]
+
+
+def load_tokenizer(content: bytes, location: str = "tokenizer.json") -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`, through the `tokenizers` library; truncation and padding are switched off.
+
+    Raises BadInputError when the content is not a tokenizer, MissingExtraError without the library.
+    """
+    library = require("tokenizers")
+    try:
+        loaded = library.Tokenizer.from_str(content.decode("utf-8"))
+    except Exception as error:  # the library raises bare Exception
+        raise BadInputError(f"{location} is not a tokenizer that the tokenizers library reads: {error}") from None
+    loaded.no_truncation()
+    loaded.no_padding()
+    probe = "a"
+    bare = loaded.encode(probe, add_special_tokens=False).ids
+    full = loaded.encode(probe, add_special_tokens=True).ids
+    if len(full) == len(bare):
+        before = 0
+    else:
+        found = [i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare]
+        if not found:
+            raise BadInputError(f"{location}: its post-processor changes the tokens of a text, not only adds to them")
+        before = found[0]
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = loaded.encode(text, add_special_tokens=False).ids
+        return ids
+
+    return Tokenizer(encode, tuple(full[:before]), tuple(full[before + len(bare) :]))
+
+
+def read_documents(
+    path: Path, tokenizer: Tokenizer, context: int, tokens: int | None = None, field: str = "text"
+) -> list[Document]:
+    """The documents of a text file, of a folder of .txt and .md files (by name), or of a .jsonl file's `field`.
+
+    `context`: tokens of a window at most, prefix included. `tokens`: stop reading when there are this many.
+    Raises BadInputError for what cannot be read as UTF-8 text, UsageError for a missing path or empty folder.
+    """
+    if context < _SHORTEST:
+        raise UsageError(f"a context of {context} tokens is too short to measure on; use at least {_SHORTEST}")
+    if not path.exists():
+        raise UsageError(f"no text at {path}; give a text file, a folder of .txt or .md files, or a .jsonl file")
+    if path.is_dir():
+        documents = _folder(path, tokenizer, context)
+    elif path.suffix.lower() == ".jsonl":
+        documents = _records(path, tokenizer, context, field)
+    else:
+        windows = _windows(_pieces(path), tokenizer, context)
+        documents = (_document(path.name, number, ids, f"{path.name}#{number}") for number, ids in enumerate(windows))
+    return _until(documents, tokens)
+
+
+def demo_splits(tokenizer: Tokenizer, context: int) -> Splits:
+    """The demo's held-out topics, each one document: its first `context` tokens."""
+
+    def part(split: str) -> tuple[Document, ...]:
+        texts = split_documents(split)
+        return tuple(Document(text.name, tuple(tokenizer.whole(text.text)[:context]), text.name) for text in texts)
+
+    return Splits(part("calibrate"), part("select"), part("certify"))
+
+
+def split(documents: Sequence[Document], amounts: Amounts | None = None) -> Splits:
+    """Divide in order: calibrate first, then select, then certify; no source is in two of them.
+
+    Raises InconclusiveError when there are too few documents.
+    """
+    amounts = amounts or Amounts()
+    first, second = _boundaries(documents, amounts)
+    parts = (documents[:first], documents[first:second], documents[second:])
+    if any(len(part) < least for part, least in zip(parts, amounts.documents, strict=True)):
+        counts = ", ".join(f"{name} {len(part)}" for name, part in zip(Splits._fields, parts, strict=True))
+        needed = ", ".join(f"{name} {least}" for name, least in zip(Splits._fields, amounts.documents, strict=True))
+        raise InconclusiveError(
+            f"too little text for three disjoint splits: {len(documents)} documents ({counts}), needed are at least "
+            f"{sum(amounts.documents)} ({needed}); give a longer text, more files, or a shorter context"
+        )
+    bounded = [
+        _bounded(part, tokens, least)
+        for part, tokens, least in zip(parts, amounts.tokens, amounts.documents, strict=True)
+    ]
+    return Splits(*bounded)
+
+
+def digest(documents: Iterable[Document]) -> str:
+    """sha256 (hex) of the token ids and the borders between documents; names and places do not matter."""
+    state = hashlib.sha256()
+    for document in documents:
+        state.update(len(document.tokens).to_bytes(8, "little"))
+        state.update(np.asarray(document.tokens, dtype="<u4").tobytes())
+    return state.hexdigest()
+
+
+def token_count(documents: Iterable[Document]) -> int:
+    return sum(len(document.tokens) for document in documents)
+
+
+def _boundaries(documents: Sequence[Document], amounts: Amounts) -> tuple[int, int]:
+    """Where select and certify begin: by the shares, at least the fewest documents, and where a source begins."""
+    count = len(documents)
+    total = sum(amounts.tokens)
+    certify = max(amounts.documents[2], round(count * amounts.tokens[2] / total))
+    select = max(amounts.documents[1], round(count * amounts.tokens[1] / total))
+    second = _source_start(documents, max(0, count - certify))
+    first = _source_start(documents, max(0, second - select))
+    return first, second
+
+
+def _source_start(documents: Sequence[Document], index: int) -> int:
+    """`index`, moved back to the first window of its source."""
+    while 0 < index < len(documents) and documents[index].source == documents[index - 1].source:
+        index -= 1
+    return index
+
+
+def _bounded(documents: Sequence[Document], tokens: int, least: int) -> tuple[Document, ...]:
+    """The first documents, `tokens` in all (the last may go over) and `least` of them at least."""
+    taken: list[Document] = []
+    total = 0
+    for document in documents:
+        if total >= tokens and len(taken) >= least:
+            break
+        taken.append(document)
+        total += len(document.tokens)
+    return tuple(taken)
+
+
+def _until(documents: Iterable[Document], tokens: int | None) -> list[Document]:
+    taken: list[Document] = []
+    total = 0
+    for document in documents:
+        taken.append(document)
+        total += len(document.tokens)
+        if tokens is not None and total >= tokens:
+            break
+    return taken
+
+
+def _document(name: str, number: int, ids: list[int], source: str) -> Document:
+    return Document(f"{name} window {number}", tuple(ids), source)
+
+
+def _windows(pieces: Iterable[str], tokenizer: Tokenizer, context: int) -> Iterator[list[int]]:
+    """Consecutive windows of `context` tokens, each with the prefix in front; a short last one is left out."""
+    room = context - len(tokenizer.prefix)
+    waiting: list[int] = []
+    alone = True
+    for piece in pieces:
+        waiting += tokenizer.encode(piece)
+        while len(waiting) >= room:
+            yield [*tokenizer.prefix, *waiting[:room]]
+            waiting = waiting[room:]
+            alone = False
+    if len(waiting) >= _SHORTEST or (alone and waiting):
+        yield [*tokenizer.prefix, *waiting]
+
+
+def _pieces(path: Path) -> Iterator[str]:
+    """The file's text in pieces that end with a line."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            while lines := file.readlines(_PIECE):
+                yield "".join(lines)
+    except UnicodeDecodeError as error:
+        raise BadInputError(f"{path} is not UTF-8 text ({error.reason}); convert it to UTF-8") from None
+    except OSError as error:
+        raise BadInputError(f"cannot read the text {path}: {error.strerror}") from None
+
+
+def _folder(path: Path, tokenizer: Tokenizer, context: int) -> Iterator[Document]:
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in {".txt", ".md"} and file.is_file())
+    if not files:
+        raise UsageError(f"no .txt or .md file in the folder {path}; give one that holds text")
+    for file in files:
+        name = file.relative_to(path).as_posix()
+        for number, ids in enumerate(_windows(_pieces(file), tokenizer, context)):
+            yield _document(name, number, ids, name)
+
+
+def _records(path: Path, tokenizer: Tokenizer, context: int, field: str) -> Iterator[Document]:
+    number = 0
+    for piece in _pieces(path):
+        for line in piece.splitlines() if "\n" in piece else [piece]:
+            number += 1
+            if not line.strip():
+                continue
+            name = f"{path.name} line {number}"
+            text = _field(line, field, f"{path}, line {number}")
+            for window, ids in enumerate(_windows([text], tokenizer, context)):
+                yield _document(name, window, ids, name)
+
+
+def _field(line: str, field: str, place: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise BadInputError(f"{place} is not JSON: {error}") from None
+    if not isinstance(record, dict) or not isinstance(record.get(field), str):
+        known = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
+        raise BadInputError(f"{place} has no text in field {field!r} (it has: {known}); name the field that holds it")
+    return str(record[field])
