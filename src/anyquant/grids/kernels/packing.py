@@ -1,4 +1,10 @@
-"""Bit packing, fast twin of `formats.gguf.layouts.planes`: some bits of each code, several codes to a byte."""
+"""Bit packing, fast twin of `formats.gguf.layouts.planes`: some bits of each code, several codes to a byte.
+
+A plane is compiled to full vectors only when run, width and shift are constants and the unit is a slice of its own
+(else Numba guards every index), hence one small function per plane.
+"""
+
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -7,69 +13,113 @@ from numba import njit
 Bytes = npt.NDArray[np.uint8]
 
 
-@njit(inline="always")
-def _two(codes, out, source, target, run, shift):  # type: ignore[no-untyped-def]
-    for j in range(run):
-        low = (codes[source + j] >> shift) & np.uint8(15)
-        high = (codes[source + run + j] >> shift) & np.uint8(15)
-        out[target + j] = low | (high << np.uint8(4))
-
-
-@njit(inline="always")
-def _four(codes, out, source, target, run, shift):  # type: ignore[no-untyped-def]
-    for j in range(run):
-        byte = (codes[source + j] >> shift) & np.uint8(3)
-        byte |= ((codes[source + run + j] >> shift) & np.uint8(3)) << np.uint8(2)
-        byte |= ((codes[source + 2 * run + j] >> shift) & np.uint8(3)) << np.uint8(4)
-        byte |= ((codes[source + 3 * run + j] >> shift) & np.uint8(3)) << np.uint8(6)
-        out[target + j] = byte
-
-
-@njit(inline="always")
-def _eight(codes, out, source, target, run, shift):  # type: ignore[no-untyped-def]
-    for j in range(run):
-        byte = (codes[source + j] >> shift) & np.uint8(1)
-        byte |= ((codes[source + run + j] >> shift) & np.uint8(1)) << np.uint8(1)
-        byte |= ((codes[source + 2 * run + j] >> shift) & np.uint8(1)) << np.uint8(2)
-        byte |= ((codes[source + 3 * run + j] >> shift) & np.uint8(1)) << np.uint8(3)
-        byte |= ((codes[source + 4 * run + j] >> shift) & np.uint8(1)) << np.uint8(4)
-        byte |= ((codes[source + 5 * run + j] >> shift) & np.uint8(1)) << np.uint8(5)
-        byte |= ((codes[source + 6 * run + j] >> shift) & np.uint8(1)) << np.uint8(6)
-        byte |= ((codes[source + 7 * run + j] >> shift) & np.uint8(1)) << np.uint8(7)
-        out[target + j] = byte
+@njit(nogil=True, cache=True)
+def nibbles_16(codes: Bytes, out: Bytes, block: int, size: int, offset: int) -> None:
+    """Low four bits, byte j = code j and code j + 16."""
+    for index in range(codes.size // block):
+        for unit in range(block // 32):
+            source = codes[index * block + unit * 32 : index * block + unit * 32 + 32]
+            target = out[index * size + offset + unit * 16 : index * size + offset + unit * 16 + 16]
+            for j in range(16):
+                target[j] = (source[j] & 15) | ((source[j + 16] & 15) << 4)
 
 
 @njit(nogil=True, cache=True)
-def pack_plane(codes: Bytes, out: Bytes, block: int, size: int, offset: int, run: int, width: int, shift: int) -> None:
-    """Fill one bit plane of every block of `out`.
-
-    `codes` flat uint8, a multiple of `block` of them; `out` flat uint8, `size` bytes per block. In each unit of
-    8 // width * run codes, byte j (from `offset` in the block) holds the codes j, j + run, j + 2 run ..., the first in
-    its lowest `width` bits, each as (code >> shift) of `width` bits. Runs are written out as constants, since only
-    then are the loops compiled to full vectors.
-    """
-    moved = np.uint8(shift)
-    unit = 8 // width * run
+def nibbles_32(codes: Bytes, out: Bytes, block: int, size: int, offset: int) -> None:
+    """Low four bits, byte j = code j and code j + 32."""
     for index in range(codes.size // block):
-        target = index * size + offset
-        for source in range(index * block, (index + 1) * block, unit):
-            if width == 4 and run == 16:
-                _two(codes, out, source, target, 16, moved)
-            elif width == 4 and run == 32:
-                _two(codes, out, source, target, 32, moved)
-            elif width == 4 and run == 64:
-                _two(codes, out, source, target, 64, moved)
-            elif width == 4:
-                _two(codes, out, source, target, run, moved)
-            elif width == 2 and run == 32:
-                _four(codes, out, source, target, 32, moved)
-            elif width == 2:
-                _four(codes, out, source, target, run, moved)
-            elif width == 1 and run == 32:
-                _eight(codes, out, source, target, 32, moved)
-            else:
-                _eight(codes, out, source, target, run, moved)
-            target += run
+        for unit in range(block // 64):
+            source = codes[index * block + unit * 64 : index * block + unit * 64 + 64]
+            target = out[index * size + offset + unit * 32 : index * size + offset + unit * 32 + 32]
+            for j in range(32):
+                target[j] = (source[j] & 15) | ((source[j + 32] & 15) << 4)
+
+
+@njit(nogil=True, cache=True)
+def nibbles_64(codes: Bytes, out: Bytes, block: int, size: int, offset: int) -> None:
+    """Low four bits, byte j = code j and code j + 64."""
+    for index in range(codes.size // block):
+        for unit in range(block // 128):
+            source = codes[index * block + unit * 128 : index * block + unit * 128 + 128]
+            target = out[index * size + offset + unit * 64 : index * size + offset + unit * 64 + 64]
+            for j in range(64):
+                target[j] = (source[j] & 15) | ((source[j + 64] & 15) << 4)
+
+
+@njit(nogil=True, cache=True)
+def pairs_low(codes: Bytes, out: Bytes, block: int, size: int, offset: int) -> None:
+    """Bits 0 and 1, byte j = codes j, j + 32, j + 64, j + 96."""
+    for index in range(codes.size // block):
+        for unit in range(block // 128):
+            source = codes[index * block + unit * 128 : index * block + unit * 128 + 128]
+            target = out[index * size + offset + unit * 32 : index * size + offset + unit * 32 + 32]
+            for j in range(32):
+                low = (source[j] & 3) | ((source[j + 32] & 3) << 2)
+                target[j] = low | ((source[j + 64] & 3) << 4) | ((source[j + 96] & 3) << 6)
+
+
+@njit(nogil=True, cache=True)
+def pairs_high(codes: Bytes, out: Bytes, block: int, size: int, offset: int) -> None:
+    """Bits 4 and 5, byte j = codes j, j + 32, j + 64, j + 96."""
+    for index in range(codes.size // block):
+        for unit in range(block // 128):
+            source = codes[index * block + unit * 128 : index * block + unit * 128 + 128]
+            target = out[index * size + offset + unit * 32 : index * size + offset + unit * 32 + 32]
+            for j in range(32):
+                low = ((source[j] >> 4) & 3) | (((source[j + 32] >> 4) & 3) << 2)
+                target[j] = low | (((source[j + 64] >> 4) & 3) << 4) | (((source[j + 96] >> 4) & 3) << 6)
+
+
+@njit(nogil=True, cache=True)
+def singles_2(codes: Bytes, out: Bytes, block: int, size: int, offset: int) -> None:
+    """Bit 2 of 256 codes, bit k of byte j = code j + 32 k."""
+    for index in range(codes.size // block):
+        source = codes[index * block : index * block + 256]
+        target = out[index * size + offset : index * size + offset + 32]
+        for j in range(32):
+            low = ((source[j] >> 2) & 1) | (((source[j + 32] >> 2) & 1) << 1)
+            low = low | (((source[j + 64] >> 2) & 1) << 2) | (((source[j + 96] >> 2) & 1) << 3)
+            high = ((source[j + 128] >> 2) & 1) | (((source[j + 160] >> 2) & 1) << 1)
+            high = high | (((source[j + 192] >> 2) & 1) << 2) | (((source[j + 224] >> 2) & 1) << 3)
+            target[j] = low | (high << 4)
+
+
+@njit(nogil=True, cache=True)
+def singles_4(codes: Bytes, out: Bytes, block: int, size: int, offset: int) -> None:
+    """Bit 4 of 256 codes, bit k of byte j = code j + 32 k."""
+    for index in range(codes.size // block):
+        source = codes[index * block : index * block + 256]
+        target = out[index * size + offset : index * size + offset + 32]
+        for j in range(32):
+            low = ((source[j] >> 4) & 1) | (((source[j + 32] >> 4) & 1) << 1)
+            low = low | (((source[j + 64] >> 4) & 1) << 2) | (((source[j + 96] >> 4) & 1) << 3)
+            high = ((source[j + 128] >> 4) & 1) | (((source[j + 160] >> 4) & 1) << 1)
+            high = high | (((source[j + 192] >> 4) & 1) << 2) | (((source[j + 224] >> 4) & 1) << 3)
+            target[j] = low | (high << 4)
+
+
+@njit(nogil=True, cache=True)
+def word_of_fifth_bits(codes: Bytes, out: Bytes, block: int, size: int, offset: int) -> None:
+    """Bit 4 of 32 codes in order, as four bytes."""
+    words = codes.view(np.uint64)
+    for index in range(words.size // 4):
+        for j in range(4):
+            # the product moves the lowest bit of byte k to bit 56 + k
+            bits = (words[index * 4 + j] >> np.uint64(4)) & np.uint64(0x0101010101010101)
+            out[index * size + offset + j] = np.uint8((bits * np.uint64(0x0102040810204080)) >> np.uint64(56))
+
+
+# (width, run, shift) of a plane -> its function
+PLANES: dict[tuple[int, int, int], Callable[[Bytes, Bytes, int, int, int], None]] = {
+    (4, 16, 0): nibbles_16,
+    (4, 32, 0): nibbles_32,
+    (4, 64, 0): nibbles_64,
+    (2, 32, 0): pairs_low,
+    (2, 32, 4): pairs_high,
+    (1, 32, 2): singles_2,
+    (1, 32, 4): singles_4,
+    (1, 1, 4): word_of_fifth_bits,
+}
 
 
 @njit(nogil=True, cache=True)
@@ -81,6 +131,6 @@ def pack_six_bit(scale: Bytes, minimum: Bytes, out: Bytes, size: int, offset: in
         for j in range(4):
             low, high = scale[source + j], scale[source + 4 + j]
             low_minimum, high_minimum = minimum[source + j], minimum[source + 4 + j]
-            out[target + j] = low | ((high >> np.uint8(4)) << np.uint8(6))
-            out[target + 4 + j] = low_minimum | ((high_minimum >> np.uint8(4)) << np.uint8(6))
-            out[target + 8 + j] = (high & np.uint8(15)) | ((high_minimum & np.uint8(15)) << np.uint8(4))
+            out[target + j] = low | ((high >> 4) << 6)
+            out[target + 4 + j] = low_minimum | ((high_minimum >> 4) << 6)
+            out[target + 8 + j] = (high & 15) | ((high_minimum & 15) << 4)

@@ -39,11 +39,12 @@ def empty(block: Block, codes: Codes) -> Bytes:
 
 def pack_codes(block: Block, codes: Codes, out: Bytes) -> None:
     """Write the planes of uint8 `codes` (rows, in) into `out` (rows, blocks, size)."""
-    from anyquant.grids.kernels.packing import pack_plane
+    from anyquant.grids.kernels.packing import PLANES
 
-    flat = np.ascontiguousarray(codes).reshape(-1)
+    flat, target = np.ascontiguousarray(codes).reshape(-1), out.reshape(-1)
     for plane in block.planes:
-        pack_plane(flat, out.reshape(-1), block.weights, block.size, plane.offset, plane.run, plane.width, plane.shift)
+        pack = PLANES[plane.width, plane.run, plane.shift]
+        pack(flat, target, block.weights, block.size, plane.offset)
 
 
 def unpack_codes(block: Block, raw: Bytes) -> Codes:
