@@ -30,7 +30,7 @@ CHATML = (
 class Style:
     """How one family tokenizes. `pattern` is None for GPT-2's own splitting inside ByteLevel.
 
-    `tokenizers_inverted`: the split is written as "remove what does not match", as converted tiktoken files do.
+    `inverted`: the split is written as "remove what does not match", as converted tiktoken files do.
     """
 
     pattern: str | None
@@ -202,7 +202,7 @@ SELECT name, count(*) AS total FROM people WHERE age >= 18 AND city <> 'Paris' G
 Some people 😀 like 🎉 emoji 👍 and others 🙃 don't. Prices: $5, €10, £20, ¥1000. x² + y² = z², a ≤ b, c → d, ∑∞√.
 """
 
-# Compared between tokenizers: prose, contractions, scripts, digits, whitespace runs, code, emoji, special tokens' look-alikes.
+# Compared between tokenizers: prose, contractions, scripts, digits, whitespace runs, code, emoji.
 PROBE_TEXTS = (
     "The river rises in the hills above the town.",
     "It's what they'll say; we've seen it, I'd swear, you're right, isn't it? IT'S, THEY'LL, I'M, 'tis 's 'S",
