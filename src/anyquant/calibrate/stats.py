@@ -52,19 +52,23 @@ class SecondMoments:
 
 @dataclass(frozen=True)
 class Statistics:
-    """`moments` by input group; statistics read from a file that keeps one entry per tensor are by Linear name."""
+    """`moments` by input group; statistics read from a file that keeps one entry per tensor are by Linear name.
+
+    `missing` names the Linears that such a file says nothing about; they are rounded without importance.
+    """
 
     moments: Mapping[str, Moment]
+    missing: tuple[str, ...] = ()
 
-    def importance(self, linear: Linear) -> Float32 | None:
-        """Mean square of each input channel, float32 (in,).
+    def moment(self, linear: Linear) -> Moment | None:
+        """What is known about the input of `linear`.
 
-        None for an embedding that is only looked up: its rows meet no activation. Raises BadInputError when there is
-        no entry for the Linear or its length is wrong.
+        None for an embedding that is only looked up, as its rows meet no activation, and for a `missing` Linear.
+        Raises BadInputError when there is no entry for the Linear or its length is wrong.
         """
         found = self.moments.get(linear.name) or self.moments.get(linear.input_group)
         if found is None:
-            if linear.role is Role.EMBEDDING:
+            if linear.role is Role.EMBEDDING or linear.name in self.missing:
                 return None
             raise BadInputError(f"no statistics for {linear.name} (input {linear.input_group}); calibrate again")
         if found.second_moment.shape != (linear.shape[1],):
@@ -72,7 +76,12 @@ class Statistics:
                 f"statistics of {linear.name} have {found.second_moment.size} channels, "
                 f"the matrix has {linear.shape[1]}"
             )
-        return found.second_moment
+        return found
+
+    def importance(self, linear: Linear) -> Float32 | None:
+        """Mean square of each input channel, float32 (in,), or None; see `moment`."""
+        found = self.moment(linear)
+        return None if found is None else found.second_moment
 
     def digest(self) -> str:
         """sha256 over names, counts and values: equal statistics have equal digests."""
