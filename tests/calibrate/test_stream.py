@@ -12,8 +12,10 @@ from anyquant.calibrate.stream import collect
 from anyquant.core.errors import BadInputError, UnsupportedError, UsageError
 from anyquant.core.linear import Role
 from anyquant.models import streaming
+from anyquant.models.detect import detect
+from anyquant.store.open import open_checkpoint
 from support.checkpoints import make_checkpoint
-from support.standins import detect, open_checkpoint
+from support.memory import MemoryCheckpoint
 
 DOCUMENTS = [
     [int(token) for token in np.random.default_rng(length).integers(0, 300, length)] for length in (40, 7, 40, 1, 65)
@@ -123,7 +125,7 @@ def test_a_token_outside_the_vocabulary_is_named(llama: Path) -> None:
 
 
 def test_bad_weights_and_configs_are_bad_input(llama: Path) -> None:
-    checkpoint = open_checkpoint(llama)
+    checkpoint = MemoryCheckpoint.of(llama)
     architecture = detect(checkpoint)
     name = "model.layers.1.mlp.up_proj.weight"
     sound = checkpoint.arrays[name]
@@ -149,7 +151,7 @@ def test_bad_weights_and_configs_are_bad_input(llama: Path) -> None:
 
 
 def test_foreign_switches_in_the_config_never_reach_transformers(llama: Path) -> None:
-    checkpoint = open_checkpoint(llama)
+    checkpoint = MemoryCheckpoint.of(llama)
     architecture = detect(checkpoint)
     expected = collect(checkpoint, architecture, DOCUMENTS).digest()
     checkpoint.config |= {

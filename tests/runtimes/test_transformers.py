@@ -13,9 +13,11 @@ from anyquant.core.errors import BadInputError, UsageError
 from anyquant.core.linear import Linear, Role, View
 from anyquant.models import streaming
 from anyquant.models.architecture import Architecture, Dimensions
+from anyquant.models.detect import detect
 from anyquant.runtimes.transformers import DecodedCheckpoint, TransformersRuntime
+from anyquant.store.open import open_checkpoint
 from support.checkpoints import make_checkpoint
-from support.standins import detect, open_checkpoint
+from support.memory import MemoryCheckpoint
 
 Matrix = npt.NDArray[np.float32]
 DOCUMENTS = [
@@ -34,7 +36,7 @@ VARIANTS = {
         }
     },
     "mistral": {"sliding_window": 16},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+    "qwen2": {},
     "qwen3": {},
     "phi3": {},
 }
@@ -67,9 +69,23 @@ def test_logits_equal_the_whole_model(
         assert divergence(expected, found) < 1e-8
 
 
+def test_each_block_is_called_as_the_model_calls_it(tmp_path: Path) -> None:
+    """A window in the second block only: the two blocks get different masks."""
+    window = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+    folder = make_checkpoint(tmp_path / "model", "qwen2", hidden=64, config=window)
+    checkpoint = MemoryCheckpoint.of(folder)
+    config = dict(checkpoint.config)
+    checkpoint.config |= {"use_sliding_window": False, "sliding_window": None, "layer_types": None}
+    architecture = detect(checkpoint)  # which does not take such a model yet
+    expected = whole(folder, DOCUMENTS)
+    mixed, full = (list(TransformersRuntime(checkpoint, architecture, c).logits(DOCUMENTS)) for c in (config, None))
+    assert max(np.abs(a - b).max() for a, b in zip(mixed, expected, strict=True)) < 1e-4
+    assert max(np.abs(a - b).max() for a, b in zip(full, expected, strict=True)) > 1e-2
+
+
 def test_a_config_of_older_spelling_means_the_same(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model", "llama", hidden=64)
-    checkpoint = open_checkpoint(folder)
+    checkpoint = MemoryCheckpoint.of(folder)
     architecture = detect(checkpoint)
     new = next(TransformersRuntime(checkpoint, architecture).logits(DOCUMENTS))
     theta = checkpoint.config.pop("rope_parameters")["rope_theta"]
@@ -78,7 +94,7 @@ def test_a_config_of_older_spelling_means_the_same(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_without_config_asks_for_one(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "model", "llama", hidden=64))
+    checkpoint = MemoryCheckpoint.of(make_checkpoint(tmp_path / "model", "llama", hidden=64))
     architecture = detect(checkpoint)
     checkpoint.config = {}
     with pytest.raises(UsageError, match=r"holds no config\.json"):
@@ -116,10 +132,9 @@ def mixed(linears: list[Linear]) -> Architecture:
     return Architecture("x", "x", Dimensions(0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0), tuple(linears), (), False, "")
 
 
-def test_decoded_rows_of_mixed_and_transposed_tensors(tmp_path: Path) -> None:
-    base = open_checkpoint(make_checkpoint(tmp_path / "model", "llama", hidden=64))
+def test_decoded_rows_of_mixed_and_transposed_tensors() -> None:
     stored = np.arange(24, dtype=np.float32).reshape(8, 3)
-    base.arrays = {"plain": stored, "experts": -stored.reshape(2, 4, 3)}
+    base = MemoryCheckpoint({"plain": stored, "experts": -stored.reshape(2, 4, 3)})
     linears = [
         Linear("middle", Role.ATTN_Q, View("plain", 2, 3, 3), 0, "g", "m"),
         *(

@@ -91,6 +91,10 @@ class DecodedCheckpoint:
     def metadata(self) -> Mapping[str, Any]:
         return self.base.metadata
 
+    def text_file(self, name: str) -> bytes | None:
+        """A companion file of the source, such as its tokenizer."""
+        return self.base.text_file(name)
+
     def names(self) -> Sequence[str]:
         return self.base.names()
 
