@@ -45,6 +45,18 @@ FAMILIES = {
     "qwen3": Family("Qwen3Config", "qwen2", {"head_dim": 128}, padded=True),
     "phi3": Family("Phi3Config", "phi-4", {"original_max_position_embeddings": 512, "pad_token_id": None}, padded=True),
     "mixtral": Family("MixtralConfig", "llama-3", MOE),
+    "qwen2_moe": Family(
+        "Qwen2MoeConfig",
+        "qwen2",
+        {
+            "num_experts_per_tok": 2,
+            "num_experts": 4,
+            "moe_intermediate_size": 256,
+            "shared_expert_intermediate_size": 768,
+            "mlp_only_layers": [0],
+        },
+        padded=True,
+    ),
     "qwen3_moe": Family(
         "Qwen3MoeConfig",
         "qwen2",
@@ -64,6 +76,7 @@ GAINS = {
     "down_proj": 1.5,
     "gate_up_proj": 1.2,
     "gate": 1.5,
+    "shared_expert_gate": 1.0,
     "lm_head": 2.8,
     "embed_tokens": 1.0,
 }
@@ -80,12 +93,14 @@ def make_checkpoint(
     hidden: int = 256,
     tokenizer: str | None = None,
     shard_bytes: int | None = None,
+    stacked: bool = False,
     config: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a model of `family` (FAMILIES) into the new folder `folder` and return it.
 
     `config` overrides settings of the config class (num_attention_heads, head_dim, rope_parameters, attention_bias,
     vocab_size ...), `tokenizer` names a style of STYLES, `shard_bytes` splits the weights over several files.
+    `stacked` stores the experts as the 3-D tensors of transformers 5, not one by one as published.
     """
     known = FAMILIES[family]
     folder.mkdir(parents=True)
@@ -112,7 +127,7 @@ def make_checkpoint(
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, assign=True, strict=True)
     model.tie_weights()
-    model.save_pretrained(folder, max_shard_size=shard_bytes or "1GB")
+    model.save_pretrained(folder, max_shard_size=shard_bytes or "1GB", save_original_format=not stacked)
     return folder
 
 

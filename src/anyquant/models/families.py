@@ -55,10 +55,10 @@ class Family:
     """One row of the table. The last of `norms` precedes the feed-forward part, the others belong to the attention.
 
     `sparse` lists the alternative ways in which a block with experts is stored (empty: the family has none).
-    `rope_types` are the rotary scalings that its modelling code and AnyQuant both know. `rope_aliases` are older names
-    for them. `default_theta` is the rope base when the config gives none. `window_switch` is the config field that
-    turns the sliding window on ("" when its mere presence does). `window_layers` tells that the window may differ
-    between layers (`max_window_layers`, `layer_types`). `extra` are further config fields that are understood.
+    `rope_types` are the rotary scalings that its modelling code and AnyQuant both know; `default_theta` is the rope base
+    when the config gives none. `window`: a sliding window is supported; `window_switch` is the config field that turns
+    it on ("" when its presence does); `window_layers`: it may differ between layers (`max_window_layers`,
+    `layer_types`). `extra` are further config fields that are understood.
     """
 
     model_type: str
@@ -69,7 +69,6 @@ class Family:
     biases: tuple[Bias, ...] = ()
     sparse: tuple[tuple[Slot, ...], ...] = ()
     rope_types: frozenset[str] = frozenset({"default", "linear", "llama3", "yarn"})
-    rope_aliases: tuple[tuple[str, str], ...] = ()
     default_theta: float = 10000.0
     partial_rotary: bool = False
     window: bool = False
@@ -211,7 +210,6 @@ FAMILIES = {
             _FUSED_FFN,
             _NORMS,
             rope_types=frozenset({"default", "longrope"}),
-            rope_aliases=(("su", "longrope"), ("yarn", "longrope")),
             partial_rotary=True,
             window=True,
         ),

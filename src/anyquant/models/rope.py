@@ -72,10 +72,11 @@ def _merged(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             name = "rope_type" if key == "type" else key
             if value is None:
                 continue
-            if merged.setdefault(name, value) != value:
+            if name in merged and merged[name] != value:
                 raise BadInputError(
                     f"{where}: {name} is given twice, as {shown(merged[name])} and as {shown(value)}; keep one"
                 )
+            merged[name] = value
     return merged
 
 
@@ -96,15 +97,11 @@ def _rotated(factor: Any, family: Family, head_dim: int, where: str) -> int:
 
 
 def _kind(settings: dict[str, Any], family: Family, where: str) -> str:
-    named = settings.pop("rope_type", "default")
-    if not isinstance(named, str):
-        known = ", ".join(sorted(family.rope_types))
-        raise UnsupportedError(f"{where}: rope_type = {shown(named)} is not one of {known}")
-    kind = dict(family.rope_aliases).get(named, named)
-    if kind not in family.rope_types:
+    kind = settings.pop("rope_type", "default")
+    if not isinstance(kind, str) or kind not in family.rope_types:
         known = ", ".join(sorted(family.rope_types))
         raise UnsupportedError(
-            f"{where}: rope_type = {shown(named)} is not supported for {family.model_type}; known: {known}"
+            f"{where}: rope_type = {shown(kind)} is not supported for {family.model_type}; known: {known}"
         )
     return kind
 
