@@ -1,7 +1,7 @@
-"""Text to documents of token ids, and three disjoint splits: calibrate (statistics), select (search), certify (verdict).
+"""Text to documents of token ids, and three disjoint splits: calibrate (statistics), select (search), certify (proof).
 
 A Document is the unit of the later statistics: one window of at most `context` tokens. Windows of one `source` (a file
-of a folder, a record of a JSONL file) stay in one split; of a single text file every window is its own source, in order.
+of a folder, a record of a JSONL file) stay in one split. Of a single text file every window is its own source.
 """
 
 import hashlib

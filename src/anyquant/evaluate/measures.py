@@ -42,7 +42,7 @@ class Measures:
     """`mean_kl` in nats per token; `same_top` a share of 0 to 1; `ppl_ratio` candidate / reference, paired.
 
     `kl_99_9` is the 99.9 % quantile over tokens and `kl_99_9_upper` its one-sided 95 % bound, NaN below 50k tokens,
-    where nothing is certified. `nonfinite` positions make every value that they touch NaN or inf: they are never left out.
+    where nothing is certified. `nonfinite` positions make every value that they touch NaN or inf; none is left out.
     `conclusive`: at least 30 documents, all values finite.
     """
 

@@ -1,35 +1,28 @@
-"""Tokens per second of a loaded model: reading a prompt, and writing one token after another."""
+"""Tokens per second of an opened model: reading a prompt, and writing one token after another."""
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from statistics import median
 from typing import Any, Protocol
 
 from anyquant.core.errors import UsageError
+from anyquant.runtimes.base import Speed
 
 
 class Timed(Protocol):
-    """What is timed. Both return when their result is there, not when it is queued."""
+    """What is timed. `decode` and `step` return when their result is there, not when it is queued."""
+
+    def clear(self) -> None:
+        """Forget the sequence so far."""
+        ...
 
     def decode(self, tokens: Sequence[int]) -> Any:
-        """Process `tokens` as one prompt, starting from an empty context."""
+        """Append `tokens` to the sequence, all at once."""
         ...
 
     def step(self, token: int) -> Any:
-        """Process one more token after what was decoded."""
+        """Append one token."""
         ...
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Tokens per second: medians over `repeats`, after one untimed round."""
-
-    prompt: float
-    generation: float
-    prompt_tokens: int
-    generated_tokens: int
-    repeats: int
 
 
 def measure_speed(
@@ -39,14 +32,16 @@ def measure_speed(
     repeats: int = 5,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Speed:
-    """Time `repeats` rounds of reading `prompt` and then `generated` single tokens (the prompt's own, again).
+    """Medians over `repeats` rounds, after an untimed one: reading `prompt`, then `generated` tokens one by one.
 
-    `clock` gives seconds. Raises UsageError when there is nothing to time.
+    The tokens appended are the prompt's own, again: what they are does not change the work. `clock` gives seconds.
+    Raises UsageError when there is nothing to time.
     """
     if not prompt or generated < 1 or repeats < 1:
         raise UsageError(f"nothing to time: {len(prompt)} prompt tokens, {generated} generated, {repeats} repeats")
     reading, writing = [], []
     for turn in range(repeats + 1):
+        runtime.clear()
         began = clock()
         runtime.decode(prompt)
         read = clock()
@@ -56,8 +51,12 @@ def measure_speed(
         if turn:  # the first round warms caches and thread pools
             reading.append(read - began)
             writing.append(written - read)
+    runtime.clear()
     return Speed(
-        _rate(len(prompt), median(reading)), _rate(generated, median(writing)), len(prompt), generated, repeats
+        prompt_tokens=len(prompt),
+        generated_tokens=generated,
+        prompt_per_second=_rate(len(prompt), median(reading)),
+        generated_per_second=_rate(generated, median(writing)),
     )
 
 
