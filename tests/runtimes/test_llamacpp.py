@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from anyquant.core.errors import BadInputError, UnsupportedError, UsageError
 from anyquant.runtimes import _llama_binding as binding
 from anyquant.runtimes.base import Speed
-from anyquant.runtimes.llamacpp import LlamaCpp, LlamaCppRuntime, Options
+from anyquant.runtimes.llamacpp import RUNTIME, LlamaCpp, Options
 
 TEXT = (
     "The quick brown fox jumps over the lazy dog; it's 12345 o'clock, and naïve cafés serve tea 🙂.\n\n  Twice daily! "
@@ -260,12 +260,12 @@ def test_refusals_are_one_clear_line(tiny: Tiny, tmp_path: Path) -> None:
 def test_only_the_pinned_wheel_is_accepted(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
     assert f"xllamacpp=={binding.PIN}" in project["project"]["optional-dependencies"]["llamacpp"]
-    assert LlamaCppRuntime().check(tiny.path("f32")) == []
+    assert RUNTIME.check(tiny.path("f32")) == []
     monkeypatch.setattr(binding, "PIN", "2020")
     binding.load.cache_clear()
     with pytest.raises(UnsupportedError, match="needs exactly 2020; run: pip install xllamacpp==2020"):
         binding.load()
-    assert len(LlamaCppRuntime().check(tiny.path("f32"))) == 1
+    assert len(RUNTIME.check(tiny.path("f32"))) == 1
 
 
 def test_a_moved_field_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -345,6 +345,9 @@ class LlamaCppRuntime:
         return LlamaCpp.open(artifact, context, threads)
 
 
+RUNTIME = LlamaCppRuntime()
+
+
 def sample(logits: Logits, temperature: float, random: np.random.Generator) -> int:
     """A token id drawn from softmax(logits / temperature), or the most likely one at temperature 0."""
     if temperature == 0:
