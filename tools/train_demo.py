@@ -1,4 +1,4 @@
-"""Train the demo model: a small Llama on the text that every CPython carries. Minutes on a GPU, about 20 on one CPU core.
+"""Train the demo model: a small Llama on the text that every CPython carries. Minutes on a GPU, 20 on a CPU core.
 
     python tools/train_demo.py --output FOLDER [--steps N] [--batch N] [--seed N] [--device cpu|cuda]
 

@@ -247,7 +247,7 @@ def _folder(path: Path, tokenizer: Tokenizer, context: int) -> Iterator[Document
 def _records(path: Path, tokenizer: Tokenizer, context: int, field: str) -> Iterator[Document]:
     number = 0
     for piece in _pieces(path):
-        for line in piece.splitlines() if "\n" in piece else [piece]:
+        for line in piece.removesuffix("\n").split("\n"):  # splitlines would also cut inside a string, at U+2028
             number += 1
             if not line.strip():
                 continue
