@@ -53,6 +53,10 @@ class Checkpoint(Protocol):
         """Key-value metadata of the files themselves."""
         ...
 
+    def text_file(self, name: str) -> bytes | None:
+        """A small companion file such as "tokenizer.json", or None. Raises BadInputError when it is too large."""
+        ...
+
     def names(self) -> Sequence[str]: ...
 
     def spec(self, name: str) -> TensorSpec:

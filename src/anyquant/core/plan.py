@@ -34,7 +34,7 @@ class Decision:
     grid: str
     reason: str
     algorithm: str = "rtn"
-    options: Mapping[str, Any] = field(default=EMPTY)
+    options: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
     input_activation: Activation | None = None
     output_activation: Activation | None = None
     tie_group: str | None = None
@@ -55,7 +55,7 @@ class Plan:
     importance: bool = False
     kv_cache: str | None = None
     transforms: tuple[str, ...] = ()
-    config_patch: Mapping[str, Any] = field(default=EMPTY)
+    config_patch: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
 
 
 @dataclass(frozen=True)

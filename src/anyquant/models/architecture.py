@@ -27,7 +27,7 @@ class Dimensions:
     norm_epsilon: float
     rope_theta: float
     rope_dim: int
-    rope_scaling: Mapping[str, Any] = field(default=EMPTY)
+    rope_scaling: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
     window: int | None = None
     experts: int = 0
     experts_used: int = 0
@@ -50,7 +50,7 @@ class Architecture:
     carried: tuple[Carried, ...]
     tied: bool
     block_path: str
-    unused: Mapping[str, str] = field(default=EMPTY)
+    unused: Mapping[str, str] = field(default_factory=lambda: EMPTY)
 
     @cached_property
     def by_name(self) -> dict[str, Linear]:

@@ -1,17 +1,15 @@
 """Execute a plan: read a row block, quantize it, pack it, write it to its place. Nothing is kept."""
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from anyquant.algorithms import ALGORITHMS
 from anyquant.core.checkpoint import read_tensor
 from anyquant.core.dtypes import Float32
-from anyquant.core.errors import OutputError
 from anyquant.core.grid import Grid
 from anyquant.core.linear import Linear
 from anyquant.core.plan import Chunk, Layout, Unit
@@ -37,9 +35,13 @@ class Unweighted:
 
 
 class Sink(Protocol):
-    """Where files of a layout are written: a stage."""
+    """Where files of a layout are written: a `store.publish.Stage`."""
 
     def create_sized(self, relative: str, nbytes: int) -> int: ...
+
+    def write_at(self, descriptor: int, offset: int, data: Any) -> None: ...
+
+    def finish(self, descriptor: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -62,31 +64,26 @@ def squared_error(weights: Float32, decoded: Float32, grid: Grid, importance: Fl
 
 
 class _Files:
-    """The open files of a layout; chunks go to their place with pwrite, from any thread."""
+    """The open files of a layout; chunks go to their place from any thread."""
 
     def __init__(self, layout: Layout, sink: Sink) -> None:
+        self._sink = sink
         self._place = {part.name: (file.path, part.offset) for file in layout.files for part in file.parts}
-        self._fds: dict[str, int] = {}
+        self._open: dict[str, int] = {}
         for file in layout.files:
-            self._fds[file.path] = sink.create_sized(file.path, file.nbytes)
-            self._write(self._fds[file.path], file.prefix, 0, file.path)
+            self._open[file.path] = sink.create_sized(file.path, file.nbytes)
+            sink.write_at(self._open[file.path], 0, file.prefix)
 
     def write(self, chunk: Chunk) -> bytes:
         """Write a chunk and return its sha256."""
         path, start = self._place[chunk.part]
         data = memoryview(chunk.data).cast("B")
-        self._write(self._fds[path], data, start + chunk.offset, path)
+        self._sink.write_at(self._open[path], start + chunk.offset, data)
         return hashlib.sha256(data).digest()
 
-    @staticmethod
-    def _write(fd: int, data: bytes | memoryview, offset: int, path: str) -> None:
-        view = memoryview(data)
-        while view:
-            try:
-                count = os.pwrite(fd, view, offset)
-            except OSError as error:
-                raise OutputError(f"writing {path} failed: {error.strerror}") from None
-            view, offset = view[count:], offset + count
+    def finish(self) -> None:
+        for descriptor in self._open.values():
+            self._sink.finish(descriptor)
 
 
 def quantize_block(job: Job, block: Block, statistics: Importance) -> tuple[QTensor, Float32, Float32 | None]:
@@ -137,5 +134,6 @@ def execute(job: Job, statistics: Importance, sink: Sink, threads: int, progress
 
     progress.start("quantize", job.weights, "w")
     run_all(work, blocks(job), threads, done)
+    files.finish()
     progress.finish()
     return Written(digests, sampled)

@@ -44,3 +44,8 @@ def target(name: str) -> Target:
     if name not in known:
         raise UsageError(f"unknown target {name!r}; {suggest(name, list(known))}")
     return known[name]
+
+
+def neutral() -> Target:
+    """No target: the neutral quantized state, which every format can be written from; nothing runs it as it is."""
+    return Target("state", "state", "", "", (), "the neutral quantized state")

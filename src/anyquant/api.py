@@ -1,0 +1,175 @@
+"""The verbs in Python, the same as on the command line: make, plan, inspect, evaluate, run."""
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+
+from anyquant.core.errors import UsageError
+from anyquant.core.progress import Progress, Silent
+from anyquant.evaluate.measures import Measures
+from anyquant.evaluate.verdict import Contract, contract_for
+from anyquant.formats import FORMATS
+from anyquant.models.detect import detect
+from anyquant.pipeline import artifacts
+from anyquant.pipeline.cost import Cost, estimate
+from anyquant.pipeline.make import Maker, Request
+from anyquant.pipeline.planner import Job, make_job
+from anyquant.pipeline.recipe import Calibration, Recipe, load_recipe
+from anyquant.pipeline.report import Report
+from anyquant.pipeline.targets import Target, neutral
+from anyquant.pipeline.targets import target as find_target
+from anyquant.store.open import open_checkpoint
+
+DEMO = "demo"
+
+
+def model_path(model: str | Path) -> Path:
+    """The folder of a model; "demo" is the model that comes with AnyQuant, unless there is a folder of that name."""
+    path = Path(model)
+    if str(model) == DEMO and not path.exists():
+        return Path(str(files("anyquant.demo") / "model"))
+    return path
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _recipe(
+    base: Recipe | str | Path | None, preset: str | None, grid: str | None, data_free: bool, text: str | Path | None
+) -> Recipe:
+    recipe = base if isinstance(base, Recipe) else Recipe() if base is None else load_recipe(Path(base))
+    if preset is not None and grid is not None:
+        raise UsageError("give --preset or --grid, not both")
+    if preset is not None or grid is not None:
+        recipe = replace(recipe, preset=preset, grid=grid)
+    calibration = recipe.calibration
+    if data_free:
+        calibration = replace(calibration, data_free=True)
+    if text is not None:
+        calibration = replace(calibration, text=str(text))
+    return replace(recipe, calibration=calibration)
+
+
+def _says_what(recipe: Recipe) -> bool:
+    return recipe.preset is not None or recipe.grid is not None or bool(recipe.rules)
+
+
+def _target(name: str | None, recipe: Recipe) -> Target:
+    if name is None and recipe.preset is not None:
+        raise UsageError(f"--preset {recipe.preset} belongs to a target; name it with --for llama.cpp")
+    return neutral() if name is None else find_target(name)
+
+
+def make(
+    model: str | Path,
+    *,
+    out: str | Path,
+    target: str | None = None,
+    preset: str | None = None,
+    grid: str | None = None,
+    quality: str | None = None,
+    contract: Contract | None = None,
+    recipe: Recipe | str | Path | None = None,
+    text: str | Path | None = None,
+    data_free: bool = False,
+    overwrite: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Quantize `model` for `target`, verify and measure it there, and publish it with its report in `out`.
+
+    What to do: `preset` or `grid` or `recipe`; none of them: the smallest rung of the target's ladder that keeps the
+    contract, or its default preset when there is no contract. How good: `quality` ("lossless", "strict", "balanced",
+    "compact") or a `contract`. Without a target the neutral quantized state is published.
+
+    Raises subclasses of AnyQuantError. A contract that is not met is not an error here: see `Report.status`.
+    """
+    if quality is not None and contract is not None:
+        raise UsageError("give a quality or limits, not both")
+    limits = contract_for(quality) if quality is not None else contract or Contract()
+    wish = _recipe(recipe, preset, grid, data_free, text)
+    goal = _target(target, wish)
+    climb = not _says_what(wish) and limits.needs_measures
+    if climb and not goal.ladder:
+        raise UsageError("a quality needs a target to be measured in; name one with --for")
+    if not climb and not _says_what(wish):
+        if not goal.default_preset:
+            raise UsageError("say what to do: --grid, or a target with --for")
+        wish = replace(wish, preset=goal.default_preset)
+    path = model_path(model)
+    request = Request(
+        location=str(model),
+        checkpoint=open_checkpoint(path),
+        target=goal,
+        recipe=wish,
+        contract=limits,
+        climb=climb,
+        out=Path(out),
+        overwrite=overwrite,
+        threads=threads or cores(),
+    )
+    return Maker(request, progress or Silent(), time.monotonic).make()
+
+
+def plan(
+    model: str | Path,
+    *,
+    target: str | None = None,
+    preset: str | None = None,
+    grid: str | None = None,
+    recipe: Recipe | str | Path | None = None,
+    data_free: bool = False,
+    threads: int | None = None,
+) -> tuple[Job, Cost]:
+    """Decide everything and write nothing: the job with every tensor, its grid and exact bytes, and what it costs.
+
+    Raises as `make` does: whatever `make` would refuse before it starts is refused here.
+    """
+    wish = _recipe(recipe, preset, grid, data_free, None)
+    goal = _target(target, wish)
+    if not _says_what(wish):
+        wish = replace(wish, preset=goal.default_preset)
+    checkpoint = open_checkpoint(model_path(model))
+    architecture = detect(checkpoint)
+    job = make_job(architecture, checkpoint, FORMATS.get(goal.format), wish, not data_free)
+    tokens = 0 if data_free else wish.calibration.tokens
+    return job, estimate(job, threads or cores(), tokens)
+
+
+def inspect(path: str | Path) -> artifacts.Contents:
+    """What a checkpoint or artifact holds: kind, family, tensors with type, shape and bytes. Headers only."""
+    return artifacts.inspect(model_path(path))
+
+
+def evaluate(
+    artifact: str | Path,
+    *,
+    against: str | Path,
+    text: str | Path | None = None,
+    tokens: int | None = None,
+    context: int = Calibration().context,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Measures:
+    """Measure an artifact in its runtime against the original on a text (all of it, up to `tokens`)."""
+    return artifacts.evaluate(
+        Path(artifact),
+        model_path(against),
+        artifacts.Judging(None if text is None else str(text), tokens, context, threads or cores()),
+        progress or Silent(),
+    )
+
+
+def run(
+    artifact: str | Path, prompt: str, *, tokens: int = 64, temperature: float = 0.0, seed: int = 0
+) -> Iterator[str]:
+    """Generate from `prompt` with an artifact in its own runtime, piece by piece."""
+    return artifacts.generate(Path(artifact), prompt, tokens, temperature, seed)
+
+
+__all__ = ["Calibration", "Contract", "Recipe", "Report", "evaluate", "inspect", "make", "plan", "run"]

@@ -1,0 +1,54 @@
+"""anyquant make: the main job."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from anyquant.cli.options import contract_of, how_good, recipe_of, what_to_do, which_text
+from anyquant.cli.progress import TerminalProgress
+from anyquant.cli.tables import print_report
+
+STATUS_CODES = {"pass": 0, "measured": 0, "unmeasured": 0, "fail": 3, "inconclusive": 4}
+
+
+@click.command("make", short_help="Quantize, prove, publish.")
+@click.argument("model")
+@what_to_do
+@how_good
+@which_text
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Output folder; must not exist.")
+@click.option("--force", is_flag=True, help="Replace an output that AnyQuant made.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on standard output.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def command(model: str, out: Path, force: bool, as_json: bool, quiet: bool, **flags: Any) -> None:
+    """Quantize MODEL for a target, prove it in the runtime, publish it with a report.
+
+    MODEL is a local Hugging Face folder with safetensors, or "demo". Without --preset, --grid or --recipe the smallest
+    preset that keeps --quality (or the limits) is found; without those, the target's default preset is made.
+
+    \b
+    anyquant make PATH --for llama.cpp --quality balanced -o OUT
+    anyquant make PATH --for llama.cpp --preset Q4_K_M --text mine.txt -o OUT
+    anyquant make PATH --for vllm --grid int4-g128 -o OUT
+    anyquant make PATH --grid q4_k --data-free -o STATE        (the neutral state, for later formats)
+    """
+    from anyquant import api
+    from anyquant.pipeline.report import render_json
+
+    report = api.make(
+        model,
+        out=out,
+        target=flags["target"],
+        quality=flags["quality"],
+        contract=contract_of(flags),
+        recipe=recipe_of(flags),
+        overwrite=force,
+        threads=flags["threads"],
+        progress=TerminalProgress(quiet),
+    )
+    if as_json:
+        click.echo(render_json(report), nl=False)
+    else:
+        print_report(report, out)
+    raise SystemExit(STATUS_CODES[report.status])

@@ -1,0 +1,21 @@
+"""anyquant run: let an artifact speak."""
+
+from pathlib import Path
+
+import click
+
+
+@click.command("run", short_help="Generate text with an artifact.")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("prompt")
+@click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="Most tokens to generate.")
+@click.option("--temperature", type=click.FloatRange(0.0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--seed", type=int, default=0, show_default=True)
+def command(artifact: Path, prompt: str, tokens: int, temperature: float, seed: int) -> None:
+    """Continue PROMPT with ARTIFACT, in the runtime it was made for."""
+    from anyquant import api
+
+    click.echo(prompt, nl=False)
+    for piece in api.run(artifact, prompt, tokens=tokens, temperature=temperature, seed=seed):
+        click.echo(piece, nl=False)
+    click.echo()

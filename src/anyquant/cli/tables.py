@@ -1,0 +1,156 @@
+"""What a person reads on the terminal."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from anyquant.core.ledger import Ledger
+from anyquant.evaluate.measures import Measures
+from anyquant.pipeline.artifacts import Contents
+from anyquant.pipeline.cost import Cost
+from anyquant.pipeline.picture import human_bytes
+from anyquant.pipeline.planner import Job
+from anyquant.pipeline.report import Report, summary_rows
+
+STYLES = {
+    "pass": "bold green",
+    "fail": "bold red",
+    "inconclusive": "bold yellow",
+    "measured": "bold",
+    "unmeasured": "dim",
+}
+
+
+def _console() -> Console:
+    return Console(highlight=False)
+
+
+def _pairs(rows: list[tuple[str, str]]) -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    return table
+
+
+def print_report(report: Report, out: Path) -> None:
+    console = _console()
+    headline = Text.assemble((f"{report.label} for {report.target}: ", "bold"), (report.status, STYLES[report.status]))
+    console.print(headline)
+    for sentence in report.sentences:
+        console.print(Text(sentence))
+    console.print(_pairs(summary_rows(report)[1:]))
+    if len(report.points) > 1:
+        console.print(_points(report))
+    console.print(Text(f"{out / report.artifact}   report: {out / 'report.html'}", style="dim"))
+
+
+def _points(report: Report) -> Table:
+    table = Table(title="measured on the way", title_justify="left", title_style="dim", box=None, header_style="dim")
+    table.add_column("preset")
+    for name in ("bytes", "mean KL", "95 % interval"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for point in report.points:
+        style = "bold" if point.chosen else ""
+        interval = f"{point.low:.5f} to {point.high:.5f}"
+        note = "certified" if point.chosen else ""
+        table.add_row(point.label, f"{point.nbytes:,}", f"{point.kl:.5f}", interval, note, style=style)
+    return table
+
+
+def print_plan(job: Job, cost: Cost, ledger: Ledger) -> None:
+    console = _console()
+    table = Table(box=None, header_style="dim")
+    table.add_column("tensor", no_wrap=True)
+    table.add_column("source", no_wrap=True)
+    table.add_column("grid", no_wrap=True)
+    table.add_column("bytes", justify="right")
+    table.add_column("why")
+    for line in ledger.lines:
+        table.add_row(line.name, line.source_dtype, line.applied, f"{line.target_bytes:,}", Text(line.reason))
+    for name, nbytes, why in ledger.unused:
+        table.add_row(name, "", "unused", f"{nbytes:,}", Text(why))
+    console.print(table)
+    source = sum(line.source_bytes for line in ledger.lines)
+    console.print(
+        _pairs(
+            [
+                ("plan", f"{job.plan.label} as {job.format.name}"),
+                ("size", f"{cost.disk:,} bytes exactly ({human_bytes(cost.disk)}); source {human_bytes(source)}"),
+                ("bits per weight", f"{8 * job.layout.payload / job.weights:.3f}"),
+                ("memory", f"about {human_bytes(cost.memory)} at the peak"),
+                ("time", f"about {cost.seconds:.0f} s to quantize and verify, without measuring"),
+            ]
+        )
+    )
+
+
+def print_contents(contents: Contents, tensors: bool) -> None:
+    console = _console()
+    rows = [
+        ("path", contents.location),
+        ("kind", contents.kind),
+        ("family", contents.family + (f" (not supported: {contents.problem})" if contents.problem else "")),
+        ("weights", f"{contents.weights:,}"),
+        ("bytes", f"{contents.nbytes:,} ({human_bytes(contents.nbytes)})"),
+    ]
+    if contents.tied is not None:
+        rows.append(("head", "tied to the embedding" if contents.tied else "of its own"))
+    console.print(_pairs(rows))
+    table = Table(box=None, header_style="dim")
+    for name in ("type", "tensors", "bytes"):
+        table.add_column(name, justify="left" if name == "type" else "right")
+    for name, count, nbytes in contents.types():
+        table.add_row(name, str(count), f"{nbytes:,}")
+    console.print(table)
+    if tensors:
+        _print_tensors(console, contents)
+    else:
+        _print_metadata(console, contents)
+
+
+def _print_tensors(console: Console, contents: Contents) -> None:
+    table = Table(box=None, header_style="dim")
+    for name in ("tensor", "type", "shape", "bytes"):
+        table.add_column(name, no_wrap=True, justify="right" if name == "bytes" else "left")
+    for tensor in contents.tensors:
+        table.add_row(Text(tensor.name), tensor.dtype, " x ".join(map(str, tensor.shape)), f"{tensor.nbytes:,}")
+    console.print(table)
+
+
+def _print_metadata(console: Console, contents: Contents) -> None:
+    rows = []
+    for key, value in contents.metadata.items():
+        short = isinstance(value, str | int | float | bool) or value is None
+        text = " ".join(str(value).split()) if short else f"{len(value)} values" if hasattr(value, "__len__") else "?"
+        rows.append((key, text if len(text) <= 80 else text[:77] + "..."))
+    console.print(_pairs(rows))
+
+
+def print_measures(measures: Measures) -> None:
+    kl, top, ratio = measures.mean_kl, measures.same_top, measures.ppl_ratio
+    spread = f"({kl.interval[0]:.5f} to {kl.interval[1]:.5f}), standard error {kl.standard_error:.1e}"
+    rows = [
+        ("text", f"{measures.documents} documents, {measures.tokens:,} tokens"),
+        (
+            "mean KL",
+            f"{kl.value:.5f} nats {spread}",
+        ),
+        (
+            "99.9 % KL",
+            f"{measures.kl_99_9:.4f} nats" + ("" if measures.kl_99_9_certified else " (too few tokens to certify)"),
+        ),
+        ("same top token", f"{top.value:.2%} ({top.interval[0]:.2%} to {top.interval[1]:.2%})"),
+        ("perplexity", f"{measures.ppl_candidate:.3f}, original {measures.ppl_reference:.3f}"),
+        ("increase", f"{ratio.value - 1:+.2%} ({ratio.interval[0] - 1:+.2%} to {ratio.interval[1] - 1:+.2%})"),
+    ]
+    if measures.nonfinite:
+        rows.append(("not finite", f"{measures.nonfinite} positions, first in {measures.nonfinite_document}"))
+    console = _console()
+    console.print(_pairs(rows))
+    if not measures.conclusive:
+        console.print(Text("fewer than 30 documents or values that are not finite: no verdict may rest on this"))

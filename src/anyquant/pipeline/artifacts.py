@@ -1,0 +1,123 @@
+"""What can be done with an artifact that is there: look into it, measure it, let it speak."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import gettempdir
+
+from anyquant.calibrate.text import demo_splits, read_documents
+from anyquant.core.checkpoint import Checkpoint, TensorSpec
+from anyquant.core.errors import AnyQuantError, InconclusiveError
+from anyquant.core.progress import Progress
+from anyquant.evaluate.measures import Measures
+from anyquant.models.detect import detect
+from anyquant.pipeline.measure import ReferenceLogits, compare
+from anyquant.pipeline.texts import source_tokenizer
+from anyquant.runtimes import RUNTIMES
+from anyquant.runtimes.transformers import TransformersRuntime
+from anyquant.store.gguf import GGUFFile
+from anyquant.store.open import open_checkpoint
+
+
+@dataclass(frozen=True)
+class Contents:
+    """`kind` is "gguf" or "safetensors"; `problem` says why the family is unknown, when it is."""
+
+    location: str
+    kind: str
+    family: str
+    tensors: tuple[TensorSpec, ...]
+    metadata: Mapping[str, object]
+    tied: bool | None
+    problem: str
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def weights(self) -> int:
+        return sum(tensor.elements for tensor in self.tensors)
+
+    def types(self) -> list[tuple[str, int, int]]:
+        """(type, tensors, bytes), largest first."""
+        count: Counter[str] = Counter()
+        size: Counter[str] = Counter()
+        for tensor in self.tensors:
+            count[tensor.dtype] += 1
+            size[tensor.dtype] += tensor.nbytes
+        return [(name, count[name], nbytes) for name, nbytes in size.most_common()]
+
+
+def inspect(path: Path) -> Contents:
+    """Read headers only."""
+    checkpoint = open_checkpoint(path)
+    tensors = tuple(checkpoint.spec(name) for name in checkpoint.names())
+    if isinstance(checkpoint, GGUFFile):
+        family = str(checkpoint.metadata.get("general.architecture", "unknown"))
+        return Contents(str(path), "gguf", family, tensors, checkpoint.metadata, None, "")
+    try:
+        architecture = detect(checkpoint)
+    except AnyQuantError as error:
+        family = str(checkpoint.config.get("model_type", "unknown"))
+        return Contents(str(path), "safetensors", family, tensors, checkpoint.config, None, str(error))
+    return Contents(str(path), "safetensors", architecture.family, tensors, checkpoint.config, architecture.tied, "")
+
+
+@dataclass(frozen=True)
+class Judging:
+    """`text` None means the default text; `tokens` bounds it, `context` is the window length."""
+
+    text: str | None
+    tokens: int | None
+    context: int
+    threads: int
+
+
+def runtime_name(artifact: Path) -> str:
+    """The runtime that opens an artifact."""
+    if artifact.is_dir() and not (artifact / "model.gguf").exists():
+        return "transformers"
+    return "llama.cpp"
+
+
+def entry_of(artifact: Path) -> Path:
+    """The path that the runtime opens: OUT/model.gguf for an output folder that holds one."""
+    inner = artifact / "model.gguf"
+    return inner if artifact.is_dir() and inner.exists() else artifact
+
+
+def evaluate(artifact: Path, against: Path, judging: Judging, progress: Progress) -> Measures:
+    """All measures of the artifact in its runtime against the original checkpoint.
+
+    On the default text only its *certify* documents are used, so that a run of `make` can be reproduced.
+    """
+    open_checkpoint(artifact)  # refuses a damaged or incomplete artifact with a reason
+    source: Checkpoint = open_checkpoint(against)
+    architecture = detect(source)
+    tokenizer = source_tokenizer(source)
+    context = min(judging.context, architecture.dimensions.context)
+    if judging.text is None:
+        documents = list(demo_splits(tokenizer, context).certify)
+    else:
+        documents = read_documents(Path(judging.text), tokenizer, context, tokens=judging.tokens)
+    if not documents:
+        raise InconclusiveError("the text is too short to measure on; give a longer one")
+    reference = ReferenceLogits(TransformersRuntime(source, architecture), documents, Path(gettempdir()), progress)
+    longest = max(len(document.tokens) for document in documents)
+    runtime = RUNTIMES.get(runtime_name(artifact))
+    try:
+        with runtime.load(entry_of(artifact), context=longest, threads=judging.threads) as session:
+            return compare(session, reference, progress, "measure")
+    finally:
+        reference.close()
+
+
+def generate(artifact: Path, prompt: str, tokens: int, temperature: float, seed: int) -> Iterator[str]:
+    """Text that follows `prompt`, piece by piece."""
+    open_checkpoint(artifact)
+    runtime = RUNTIMES.get(runtime_name(artifact))
+    needed = len(prompt.encode()) + tokens + 16  # a token is at least a byte
+    with runtime.load(entry_of(artifact), context=min(needed, 1 << 16)) as session:
+        yield from session.generate(prompt, tokens, temperature, seed)

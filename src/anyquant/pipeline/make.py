@@ -1,0 +1,297 @@
+"""The main job: open, plan, calibrate, quantize, verify, measure in the runtime, judge, publish with a report."""
+
+import resource
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from anyquant import __version__
+from anyquant.calibrate.text import Splits, Tokenizer
+from anyquant.core.checkpoint import Checkpoint
+from anyquant.core.errors import AnyQuantError, UsageError
+from anyquant.core.progress import Progress
+from anyquant.evaluate.measures import Measures
+from anyquant.evaluate.speed import measure_speed
+from anyquant.evaluate.verdict import Contract, Verdict, judge
+from anyquant.formats import FORMATS
+from anyquant.models.architecture import Architecture
+from anyquant.models.detect import detect
+from anyquant.pipeline import report as reporting
+from anyquant.pipeline.accounts import make_ledger
+from anyquant.pipeline.measure import ReferenceLogits, check_conversion, compare, loss_of
+from anyquant.pipeline.picture import Point
+from anyquant.pipeline.planner import Job, make_job
+from anyquant.pipeline.recipe import Recipe
+from anyquant.pipeline.report import Conversion, Report
+from anyquant.pipeline.run import Importance, Unweighted, Written, execute
+from anyquant.pipeline.statistics import gather
+from anyquant.pipeline.targets import Target
+from anyquant.pipeline.texts import DEFAULT_TEXT_WARNING, describe, load_splits, source_tokenizer
+from anyquant.pipeline.verify import verify
+from anyquant.runtimes import RUNTIMES
+from anyquant.store.publish import Stage
+
+LIBRARIES = ("numpy", "numba", "gguf", "torch", "transformers", "tokenizers", "xllamacpp", "compressed-tensors")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of `make`. `climb`: try the target's ladder of presets, smallest first, until the contract holds."""
+
+    location: str
+    checkpoint: Checkpoint
+    target: Target
+    recipe: Recipe
+    contract: Contract
+    climb: bool
+    out: Path
+    overwrite: bool
+    threads: int
+
+
+@dataclass
+class Watch:
+    """Seconds per stage, by a clock that is passed in."""
+
+    clock: Callable[[], float]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        began = self.clock()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + self.clock() - began, 2)
+
+
+@dataclass
+class _Evidence:
+    """What has been measured so far."""
+
+    points: list[Point] = field(default_factory=list)
+    measures: Measures | None = None
+    conversion: Conversion | None = None
+    speed: Mapping[str, float] = field(default_factory=dict)
+
+
+class Maker:
+    """One run of the main job. The steps are methods in the order in which they happen."""
+
+    def __init__(self, request: Request, progress: Progress, clock: Callable[[], float]) -> None:
+        self.request = request
+        self.progress = progress
+        self.watch = Watch(clock)
+        self.format = FORMATS.get(request.target.format)
+        self.runtime = RUNTIMES.get(request.target.runtime)
+        self.architecture: Architecture = detect(request.checkpoint)
+        calibration = request.recipe.calibration
+        self.measuring = not calibration.data_free or calibration.text is not None or request.contract.needs_measures
+        self.importance = not calibration.data_free
+        self.evidence = _Evidence()
+        self.warnings: list[str] = []
+
+    def make(self) -> Report:
+        """Run everything. Nothing is visible under the final name unless it was verified.
+
+        Raises AnyQuantError (a subclass with its exit code) when the job cannot be done; a contract that is not met is
+        not an exception: the artifact and its report are published and the report's status says so.
+        """
+        request = self.request
+        plans = self._plans()
+        largest = max(job.layout.nbytes for job in plans)
+        with Stage(request.out, request.overwrite, needed=largest) as stage:
+            splits, tokenizer = self._texts()
+            statistics = self._statistics(splits)
+            job, written = self._choose(plans, stage, splits, statistics)
+            with self.watch.stage("verify"):
+                verified = verify(job, stage.folder, written, statistics, request.threads, self.progress)
+            if splits is not None and tokenizer is not None:
+                self._certify(job, stage, splits, tokenizer)
+            verdict = judge(self.evidence.measures, request.contract, job.layout.nbytes)
+            report = self._report(job, verdict, splits, verified.errors, verified.hashes)
+            for name, text in (
+                ("report.json", reporting.render_json(report)),
+                ("report.md", reporting.render_markdown(report)),
+                ("report.html", reporting.render_html(report)),
+            ):
+                stage.write_file(name, text.encode())
+            stage.publish(verified.hashes)
+        return report
+
+    def _plans(self) -> list[Job]:
+        """The jobs to try, smallest first; just one unless the ladder is climbed. All refusals come here."""
+        request = self.request
+        labels = request.target.ladder if request.climb else [request.recipe.preset]
+        recipes = [replace(request.recipe, preset=label) if request.climb else request.recipe for label in labels]
+        jobs = [
+            make_job(self.architecture, request.checkpoint, self.format, recipe, self.importance) for recipe in recipes
+        ]
+        return sorted(jobs, key=lambda job: job.layout.nbytes) if request.climb else jobs
+
+    def _texts(self) -> tuple[Splits | None, Tokenizer | None]:
+        if not self.measuring:
+            self.progress.say("data-free and no limit: nothing is measured; give --text to measure the artifact")
+            return None, None
+        tokenizer = source_tokenizer(self.request.checkpoint)
+        calibration = self.request.recipe.calibration
+        if calibration.text is None and self.request.location != "demo":
+            self.warnings.append(DEFAULT_TEXT_WARNING)
+            self.progress.say(f"warning: {DEFAULT_TEXT_WARNING}")
+        return load_splits(tokenizer, self.architecture, calibration), tokenizer
+
+    def _statistics(self, splits: Splits | None) -> Importance:
+        if not self.importance or splits is None:
+            return Unweighted()
+        with self.watch.stage("calibrate"):
+            calibration = self.request.recipe.calibration
+            return gather(self.request.checkpoint, self.architecture, calibration, splits.calibrate, self.progress)
+
+    def _choose(
+        self, plans: list[Job], stage: Stage, splits: Splits | None, statistics: Importance
+    ) -> tuple[Job, Written]:
+        """Write the artifact; on the ladder, the smallest rung that keeps the contract on the *select* split."""
+        threads = self.request.threads
+        if not self.request.climb or splits is None:
+            with self.watch.stage("quantize"):
+                return plans[0], execute(plans[0], statistics, stage, threads, self.progress)
+        with self.watch.stage("reference"):
+            reference = self._reference(splits.select, stage)
+        try:
+            for job in plans:
+                for file in job.layout.files:
+                    stage.discard(file.path)
+                with self.watch.stage("quantize"):
+                    written = execute(job, statistics, stage, threads, self.progress)
+                with self.watch.stage("select"):
+                    measures = self._measure(job, stage, reference, f"select {job.plan.label}")
+                self._point(job, measures, chosen=False)
+                kl = measures.mean_kl
+                self.progress.say(
+                    f"  {job.plan.label:<8} {job.layout.nbytes:>14,} bytes   mean KL {kl.value:.5f} on select"
+                )
+                if _promising(measures, self.request.contract):
+                    break
+        finally:
+            reference.close()
+        return job, written
+
+    def _certify(self, job: Job, stage: Stage, splits: Splits, tokenizer: Tokenizer) -> None:
+        """Once, on text that nothing has seen: loss, conversion error, speed."""
+        with self.watch.stage("reference"):
+            reference = self._reference(splits.certify, stage)
+        try:
+            with self.watch.stage("certify"):
+                measures = self._measure(job, stage, reference, "certify")
+        finally:
+            reference.close()
+        self.evidence.measures = measures
+        self._point(job, measures, chosen=True)
+        with self.watch.stage("conversion"), self._session(job, stage, splits) as session:
+            decoded = self.format.open(stage.folder, self.architecture, job.plan)
+            self.evidence.conversion = check_conversion(
+                session, decoded, self.architecture, self.request.checkpoint, splits.certify, tokenizer.whole
+            )
+            prompt = list(splits.certify[0].tokens[:128])
+            speed = measure_speed(session, prompt, generated=16, repeats=3, clock=self.watch.clock)
+            self.evidence.speed = {"prompt": round(speed.prompt, 1), "generation": round(speed.generation, 1)}
+        check = self.evidence.conversion
+        if not check.tokens_equal:
+            raise AnyQuantError(f"{self.runtime.name} and the source's tokenizer give different token ids")
+        if not check.mean_kl <= check.limit:
+            raise AnyQuantError(
+                f"conversion error: {self.runtime.name} differs from our decode of the artifact by mean KL "
+                f"{check.mean_kl:.2e}, more than {check.limit:g}; nothing was published"
+            )
+
+    def _reference(self, documents: Any, stage: Stage) -> ReferenceLogits:
+        from anyquant.runtimes.transformers import TransformersRuntime
+
+        runtime = TransformersRuntime(self.request.checkpoint, self.architecture)
+        return ReferenceLogits(runtime, documents, stage.folder.parent, self.progress)
+
+    @contextmanager
+    def _session(self, job: Job, stage: Stage, splits: Splits) -> Iterator[Any]:
+        longest = max(len(document.tokens) for part in splits for document in part)
+        artifact = stage.folder / self.format.entry
+        with self.runtime.load(artifact, context=longest, threads=self.request.threads) as session:
+            yield session
+
+    def _measure(self, job: Job, stage: Stage, reference: ReferenceLogits, label: str) -> Measures:
+        longest = max(len(document.tokens) for document in reference.documents)
+        artifact = stage.folder / self.format.entry
+        with self.runtime.load(artifact, context=longest, threads=self.request.threads) as session:
+            return compare(session, reference, self.progress, label)
+
+    def _point(self, job: Job, measures: Measures, chosen: bool) -> None:
+        kl = measures.mean_kl
+        self.evidence.points.append(
+            Point(job.plan.label, job.layout.nbytes, kl.value, kl.interval[0], kl.interval[1], chosen)
+        )
+
+    def _report(
+        self,
+        job: Job,
+        verdict: Verdict,
+        splits: Splits | None,
+        errors: Mapping[str, float],
+        hashes: Mapping[str, str],
+    ) -> Report:
+        request, checkpoint = self.request, self.request.checkpoint
+        measures = self.evidence.measures
+        status = "unmeasured" if measures is None and request.contract.empty else verdict.status.value
+        return Report(
+            anyquant=__version__,
+            model=request.location,
+            family=self.architecture.family,
+            target=request.target.name,
+            label=job.plan.label,
+            artifact=self.format.entry or request.out.name,
+            nbytes=job.layout.nbytes,
+            source_bytes=sum(checkpoint.spec(name).nbytes for name in checkpoint.names()),
+            weights=job.weights,
+            status=status,
+            sentences=(verdict.sentence,) if measures is not None else ("Nothing was measured.",),
+            contract={key: value for key, value in asdict(request.contract).items() if value is not None},
+            loss=None if measures is None else loss_of(measures, "certify"),
+            conversion=self.evidence.conversion,
+            speed=self.evidence.speed,
+            points=tuple(self.evidence.points),
+            ledger=make_ledger(job, errors),
+            recipe=job.recipe.as_dict(),
+            data={} if splits is None else describe(splits, request.recipe.calibration),
+            hashes=dict(hashes),
+            versions=_versions(),
+            seconds=self.watch.seconds,
+            peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            warnings=tuple(self.warnings),
+        )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except ModuleNotFoundError:
+            continue
+    return found
+
+
+def _promising(measures: Measures, contract: Contract) -> bool:
+    """Whether the bounds on *select* lie within every limit: good enough to be certified, not yet a verdict."""
+    checks = []
+    if contract.max_kl is not None:
+        checks.append(measures.mean_kl.upper <= contract.max_kl)
+    if contract.max_kl_99_9 is not None:
+        checks.append(measures.kl_99_9 <= contract.max_kl_99_9)
+    if contract.max_ppl_increase is not None:
+        checks.append(measures.ppl_ratio.upper - 1 <= contract.max_ppl_increase)
+    if contract.min_same_top is not None:
+        checks.append(measures.same_top.lower >= contract.min_same_top)
+    if not checks:
+        raise UsageError("nothing to climb the ladder for: give a quality or a limit")
+    return all(checks)

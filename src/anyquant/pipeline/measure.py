@@ -1,0 +1,123 @@
+"""Measure an artifact in its runtime: against the original (loss), and against our own decode of it (conversion)."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import numpy as np
+import numpy.typing as npt
+
+from anyquant.calibrate.text import Document
+from anyquant.core.checkpoint import Checkpoint
+from anyquant.core.progress import Progress
+from anyquant.evaluate.measures import Comparison, Measures
+from anyquant.models.architecture import Architecture
+from anyquant.pipeline.report import Conversion, Loss
+from anyquant.runtimes.base import Session
+from anyquant.runtimes.transformers import TransformersRuntime
+
+# llama.cpp multiplies quantized weights with activations rounded to 8 bits; a broken conversion is far above this
+CONVERSION_LIMIT = 2e-3
+CONVERSION_DOCUMENTS = 3
+CONVERSION_TOKENS = 256
+
+
+class ReferenceLogits:
+    """Logits of the original on some documents: computed once, block by block, kept as float16 in an unnamed file.
+
+    Each row is stored minus its maximum, so that float16 is finest where the probability is.
+    """
+
+    def __init__(
+        self, runtime: TransformersRuntime, documents: Sequence[Document], folder: Path, progress: Progress
+    ) -> None:
+        self.documents = tuple(documents)
+        self._file = TemporaryFile(dir=folder)  # noqa: SIM115 - lives as long as the object
+        self._starts: list[int] = []
+        self._width = 0
+        ids = [document.tokens for document in self.documents]
+        for logits in runtime.logits(ids, progress):
+            self._starts.append(self._file.tell())
+            self._width = logits.shape[1]
+            shifted = logits - logits.max(axis=1, keepdims=True)
+            self._file.write(np.maximum(shifted, -60000.0).astype(np.float16).data)
+        self._file.flush()
+
+    def read(self, index: int) -> npt.NDArray[np.float16]:
+        """float16 (tokens, vocabulary) of one document."""
+        self._file.seek(self._starts[index])
+        count = len(self.documents[index].tokens) * self._width
+        return np.frombuffer(self._file.read(2 * count), dtype=np.float16).reshape(-1, self._width)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def compare(session: Session, reference: ReferenceLogits, progress: Progress, label: str) -> Measures:
+    """Run the artifact on the reference's documents and collect every measure."""
+    comparison = Comparison()
+    progress.start(label, sum(len(document.tokens) for document in reference.documents), "tokens")
+    for index, document in enumerate(reference.documents):
+        candidate = session.logits(document.tokens)
+        comparison.add(document.name, reference.read(index), candidate, document.tokens)
+        progress.advance(len(document.tokens))
+    progress.finish()
+    return comparison.measures()
+
+
+def loss_of(measures: Measures, split: str) -> Loss:
+    """The measures as the report keeps them."""
+
+    def triple(value: float, interval: tuple[float, float], shift: float = 0.0) -> tuple[float, float, float]:
+        return value - shift, interval[0] - shift, interval[1] - shift
+
+    return Loss(
+        split=split,
+        documents=measures.documents,
+        tokens=measures.tokens,
+        mean_kl=triple(measures.mean_kl.value, measures.mean_kl.interval),
+        kl_99_9=measures.kl_99_9,
+        same_top=triple(measures.same_top.value, measures.same_top.interval),
+        perplexity=measures.ppl_candidate,
+        reference_perplexity=measures.ppl_reference,
+        perplexity_increase=triple(measures.ppl_ratio.value, measures.ppl_ratio.interval, 1.0),
+    )
+
+
+def decoded_logits(
+    decoded: Checkpoint, architecture: Architecture, config: Checkpoint, documents: Sequence[Sequence[int]]
+) -> Iterator[npt.NDArray[np.float32]]:
+    """Logits of `transformers` on the weights decoded from the artifact's bytes."""
+    return TransformersRuntime(decoded, architecture, config.config).logits(documents)
+
+
+def check_conversion(
+    session: Session,
+    decoded: Checkpoint,
+    architecture: Architecture,
+    source: Checkpoint,
+    documents: Sequence[Document],
+    encode: Callable[[str], list[int]],
+) -> Conversion:
+    """The runtime against our own decode of the artifact, on a few short documents, and its token ids on their text.
+
+    `encode` is the source's tokenizer, special tokens included.
+    """
+    ids = [document.tokens[:CONVERSION_TOKENS] for document in documents[:CONVERSION_DOCUMENTS]]
+    comparison = Comparison()
+    for number, logits in enumerate(decoded_logits(decoded, architecture, source, ids)):
+        comparison.add(str(number), logits, session.logits(ids[number]), ids[number])
+    measures = comparison.measures()
+    return Conversion(
+        documents=measures.documents,
+        tokens=measures.tokens,
+        mean_kl=measures.mean_kl.value,
+        limit=CONVERSION_LIMIT,
+        tokens_equal=_same_tokens(session, encode, ids),
+    )
+
+
+def _same_tokens(session: Session, encode: Callable[[str], list[int]], documents: Sequence[Sequence[int]]) -> bool:
+    """Whether the runtime's tokenizer and the source's give the same ids for the text of the documents."""
+    texts = [session.detokenize(ids) for ids in documents]
+    return all(list(session.tokenize(text)) == encode(text) for text in texts)

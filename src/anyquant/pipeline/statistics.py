@@ -1,0 +1,34 @@
+"""Where importance comes from: collected on the calibration text, or read from a llama.cpp importance file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from anyquant.calibrate.imatrix import read_imatrix
+from anyquant.calibrate.stats import Statistics
+from anyquant.calibrate.stream import collect
+from anyquant.calibrate.text import Document
+from anyquant.core.checkpoint import Checkpoint
+from anyquant.core.progress import Progress
+from anyquant.formats import FORMATS
+from anyquant.models.architecture import Architecture
+from anyquant.pipeline.recipe import Calibration
+
+
+def gather(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    calibration: Calibration,
+    documents: Sequence[Document],
+    progress: Progress,
+) -> Statistics:
+    """Statistics for every Linear with an input. Raises BadInputError when an importance file does not fit."""
+    if calibration.imatrix is None:
+        return collect(checkpoint, architecture, [document.tokens for document in documents], progress)
+    path = Path(calibration.imatrix)
+    names = FORMATS.get("gguf").part_names(architecture)
+    found = read_imatrix(path, architecture.linears, names)
+    for name in found.statistics.missing:
+        progress.say(f"warning: {path}: no entry for {name}: every channel of it counts the same")
+    for tensor in found.unknown:
+        progress.say(f"warning: {path}: entry {tensor} belongs to no tensor of this model")
+    return found.statistics

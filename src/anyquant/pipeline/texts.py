@@ -1,0 +1,56 @@
+"""The text of a run: documents of the user, or the demo's held-out topics, in three disjoint splits."""
+
+from pathlib import Path
+
+from anyquant.calibrate.text import (
+    Amounts,
+    Splits,
+    Tokenizer,
+    demo_splits,
+    digest,
+    load_tokenizer,
+    read_documents,
+    split,
+)
+from anyquant.core.checkpoint import Checkpoint
+from anyquant.core.errors import UnsupportedError
+from anyquant.models.architecture import Architecture
+from anyquant.pipeline.recipe import Calibration
+
+DEFAULT_TEXT_WARNING = (
+    "no --text was given: calibrated and judged on AnyQuant's default English documentation text; "
+    "text of your own domain gives a better artifact and a verdict that means more"
+)
+
+
+def source_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer that came with the checkpoint. Raises UnsupportedError when there is no tokenizer.json."""
+    content = checkpoint.text_file("tokenizer.json")
+    if content is None:
+        raise UnsupportedError(f"{checkpoint.location}: has no tokenizer.json; only that kind of tokenizer is read")
+    return load_tokenizer(content, f"{checkpoint.location}/tokenizer.json")
+
+
+def load_splits(tokenizer: Tokenizer, architecture: Architecture, calibration: Calibration) -> Splits:
+    """Tokenized documents. Raises InconclusiveError when the text is too short for three disjoint splits."""
+    context = min(calibration.context, architecture.dimensions.context)
+    if calibration.text is None:
+        return demo_splits(tokenizer, context)
+    amounts = Amounts(tokens=(calibration.tokens, calibration.tokens // 3, calibration.tokens * 2 // 3))
+    documents = read_documents(Path(calibration.text), tokenizer, context, tokens=sum(amounts.tokens))
+    return split(documents, amounts)
+
+
+def describe(splits: Splits, calibration: Calibration) -> dict[str, object]:
+    """What the report says of the text: source, sizes and a hash per split."""
+    return {
+        "text": calibration.text or "default (documentation topics of CPython)",
+        **{
+            name: {
+                "documents": len(part),
+                "tokens": sum(len(document.tokens) for document in part),
+                "sha256": digest(part),
+            }
+            for name, part in zip(Splits._fields, splits, strict=True)
+        },
+    }
