@@ -139,6 +139,15 @@ class Log:
     def lines(self) -> list[str]:
         return [text.strip() for _, text in self._lines]
 
+    def buffers(self) -> dict[str, int]:
+        """Bytes of the "... buffer size = X MiB" lines, summed by kind: model, KV, compute, output."""
+        totals = {"model": 0, "KV": 0, "compute": 0, "output": 0}
+        for line in self.lines():
+            match = re.search(r"(model|KV|compute|output) buffer size =\s+([\d.]+) MiB", line)
+            if match:
+                totals[match[1]] += round(float(match[2]) * (1 << 20))
+        return totals
+
     def reason(self) -> str:
         """llama.cpp's own words about the last failure: its first error line, which is the most specific one."""
         errors = [text.strip() for level, text in self._lines if level == ERROR_LEVEL and text.strip()]

@@ -8,12 +8,11 @@ float16 cache, and 4e-4 with bfloat16: the cache alone would use up a conversion
 import codecs
 import ctypes
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -64,7 +63,8 @@ class LlamaCpp:
         self._positions = np.ctypeslib.as_array(batch.pos, shape=(batch_size,))
         self._wanted = np.ctypeslib.as_array(batch.logits, shape=(batch_size,))
         self._position = 0
-        self._memory = _reported_memory(library.log.lines())
+        buffers = library.log.buffers()
+        self._memory = Memory(buffers["model"], buffers["KV"], buffers["compute"] + buffers["output"])
 
     @classmethod
     def open(
@@ -399,18 +399,3 @@ def _expect_settings(library: binding.Library, context: int, wanted: tuple[int, 
     wrong = [name for name, as_wanted in found.items() if not as_wanted]
     if wrong:
         raise UnsupportedError(f"llama.cpp did not take the requested {' and '.join(wrong)} of the context")
-
-
-def _reported_memory(lines: list[str]) -> Memory:
-    """Sum the "... buffer size = X MiB" lines by kind."""
-    totals = {"model": 0.0, "KV": 0.0, "compute": 0.0, "output": 0.0}
-    for line in lines:
-        match: Any = re.search(r"(model|KV|compute|output) buffer size =\s+([\d.]+) MiB", line)
-        if match:
-            totals[match[1]] += float(match[2])
-    mebibyte = 1 << 20
-    return Memory(
-        weights=round(totals["model"] * mebibyte),
-        cache=round(totals["KV"] * mebibyte),
-        compute=round((totals["compute"] + totals["output"]) * mebibyte),
-    )
