@@ -55,7 +55,7 @@ class Family:
     """One row of the table. The last of `norms` precedes the feed-forward part, the others belong to the attention.
 
     `sparse` lists the alternative ways in which a block with experts is stored (empty: the family has none).
-    `rope_types` are the rotary scalings that its modelling code and AnyQuant both know; `default_theta` is the rope base
+    `rope_types` are the rotary scalings that its modelling code and AnyQuant both know, `default_theta` the rope base
     when the config gives none. `window`: a sliding window is supported; `window_switch` is the config field that turns
     it on ("" when its presence does); `window_layers`: it may differ between layers (`max_window_layers`,
     `layer_types`). `extra` are further config fields that are understood.
