@@ -6,16 +6,32 @@ from typing import Protocol
 
 from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.dtypes import Bytes, Float32
-from anyquant.core.plan import Chunk, Layout, Plan, Unit
+from anyquant.core.linear import Linear
+from anyquant.core.plan import Chunk, Layout, Part, Plan, Unit
 from anyquant.core.qtensor import QTensor
 from anyquant.models.architecture import Architecture
 
 
 class Format(Protocol):
-    """`default_carried` is the dtype in which norms and biases are stored."""
+    """`default_carried` is the dtype in which norms and biases are stored; "" means as in the source."""
 
     name: str
     default_carried: str
+
+    def preset(self, preset: str, architecture: Architecture, importance: bool) -> Mapping[str, tuple[str, str]]:
+        """Linear name to (grid, reason) of a named mixture. Raises UsageError for an unknown name."""
+        ...
+
+    def default_grid(self, linear: Linear, architecture: Architecture, grid: str, source: str) -> tuple[str, str]:
+        """(grid, reason) of an embedding, head or router when the block Linears go on `grid`.
+
+        `source` is the float grid that holds the stored values exactly.
+        """
+        ...
+
+    def fallback(self, grid: str, linear: Linear) -> str | None:
+        """The grid used where the Linear's shape does not lie on `grid`, or None when there is none."""
+        ...
 
     def ties(self, architecture: Architecture) -> Mapping[str, str]:
         """Linear name to tie group, for Linears that this format stores in one tensor and so on one grid."""
@@ -33,22 +49,30 @@ class Format(Protocol):
         """The bytes of some rows of one Linear of the unit; rows start at logical row `first_row` of that Linear."""
         ...
 
+    def slices(
+        self, unit: Unit, architecture: Architecture, linear: str, first_row: int, rows: int
+    ) -> list[tuple[str, int, int]]:
+        """(part, offset in the part, bytes) that these rows of the Linear occupy: what `pack` writes."""
+        ...
+
     def unpack(
         self, unit: Unit, architecture: Architecture, linear: str, first_row: int, rows: int, parts: Mapping[str, Bytes]
     ) -> QTensor:
         """Inverse of `pack`: `parts` holds, for each part, the bytes that `slices` names for these rows."""
         ...
 
-    def slices(
-        self, unit: Unit, architecture: Architecture, linear: str, first_row: int, rows: int
-    ) -> list[tuple[str, int, int]]:
-        """(part, offset in the part, bytes) that these rows of the Linear occupy."""
-        ...
-
     def carry(self, unit: Unit, architecture: Architecture, values: Float32) -> list[Chunk]:
         """The bytes of a carried tensor."""
         ...
 
-    def open(self, artifact: Path) -> Checkpoint:
-        """The artifact as a Checkpoint with the source's own tensor names, every tensor decoded to float32."""
+    def parts(self, folder: Path) -> Mapping[str, Part]:
+        """Every planned part of the artifact in `folder`, as its bounded reader finds it (to compare with a layout)."""
+        ...
+
+    def open(self, artifact: Path, architecture: Architecture) -> Checkpoint:
+        """The artifact (its folder, or its file) as a Checkpoint with the tensor names of the source.
+
+        Every tensor is decoded to float32 from the bytes of the artifact, with permutations and fusions undone.
+        `architecture` is that of the source. Raises BadInputError when the artifact does not belong to it.
+        """
         ...

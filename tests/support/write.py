@@ -1,0 +1,87 @@
+"""The shortest way from a checkpoint to an artifact: what the pipeline does, without threads, stages and checks."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from anyquant.core.checkpoint import Checkpoint, read_tensor, read_view
+from anyquant.core.dtypes import Float32
+from anyquant.core.linear import Carried, Linear
+from anyquant.core.plan import Chunk, Decision, Layout, Plan
+from anyquant.core.qtensor import QTensor
+from anyquant.formats import FORMATS
+from anyquant.formats.base import Format
+from anyquant.grids import grid as find_grid
+from anyquant.models.architecture import Architecture
+
+# changes the values of a tensor on their way: how the tests make wrong artifacts
+Change = Callable[[Linear | Carried, Float32], Float32]
+
+
+def make_plan(target: Format, architecture: Architecture, chosen: Mapping[str, str], label: str, carried: str) -> Plan:
+    """A plan with the grid `chosen` for each Linear name."""
+    ties = target.ties(architecture)
+    return Plan(
+        family=architecture.family,
+        decisions={
+            linear.name: Decision(
+                linear.name, chosen[linear.name], chosen[linear.name], "test", tie_group=ties.get(linear.name)
+            )
+            for linear in architecture.linears
+        },
+        carried={item.name: carried for item in architecture.carried},
+        label=label,
+    )
+
+
+def write(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    folder: Path,
+    chosen: str | Mapping[str, str],
+    target: str = "gguf",
+    change: Change | None = None,
+) -> Layout:
+    """Write an artifact into `folder`, with one grid for every Linear or one for each. Returns its layout."""
+    form = FORMATS.get(target)
+    grids = {linear.name: chosen for linear in architecture.linears} if isinstance(chosen, str) else chosen
+    plan = make_plan(form, architecture, grids, chosen if isinstance(chosen, str) else "mixed", form.default_carried)
+    reasons = form.refuses(architecture, plan, checkpoint)
+    if reasons:
+        raise ValueError("; ".join(reasons))
+    layout = form.layout(architecture, plan, checkpoint)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in layout.files:
+        with (folder / file.path).open("wb") as stream:
+            stream.write(file.prefix)
+            stream.truncate(file.nbytes)
+    for chunk in _chunks(form, layout, checkpoint, architecture, change):
+        file, part = layout.locate()[chunk.part]
+        with (folder / file.path).open("r+b") as stream:
+            stream.seek(part.offset + chunk.offset)
+            stream.write(memoryview(chunk.data).cast("B"))
+    return layout
+
+
+def _chunks(
+    form: Format, layout: Layout, checkpoint: Checkpoint, architecture: Architecture, change: Change | None
+) -> list[Chunk]:
+    chunks: list[Chunk] = []
+    for unit in layout.units:
+        for name in unit.carried:
+            item = architecture.carried_by_name[name]
+            values = read_tensor(checkpoint, item.tensor).reshape(-1)[item.start : item.start + item.length]
+            chunks += form.carry(unit, architecture, change(item, values) if change else values)
+        for name in unit.linears:
+            linear = architecture.by_name[name]
+            # two blocks, so that a wrong offset shows
+            half = linear.view.rows // 2 // unit.row_multiple * unit.row_multiple
+            for first, last in ((0, half), (half, linear.view.rows)):
+                if first == last:
+                    continue
+                weights = read_view(checkpoint, linear.view, first, last)
+                weights = change(linear, weights) if change else weights
+                grid = find_grid(unit.grid)
+                params, codes = grid.quantize(weights)
+                rows = QTensor(grid, (last - first, linear.view.columns), codes, params)
+                chunks += form.pack(unit, architecture, name, first, rows)
+    return chunks
