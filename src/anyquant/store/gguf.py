@@ -179,6 +179,10 @@ class GGUFFile:
         """Keys to Python values; arrays are `gguf_metadata.Array`, which behaves as a list and decodes when read."""
         return self.header.metadata
 
+    def text_file(self, name: str) -> bytes | None:
+        """Always None: the file stands alone, and what lies beside it is not part of it."""
+        return None
+
     @property
     def alignment(self) -> int:
         return self.header.alignment
