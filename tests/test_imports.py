@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "anyquant"
 # lowest first; folders of one row are siblings
 LAYERS = [
     {"core"},
-    {"grids", "store", "models"},
+    {"grids", "store", "models", "demo"},
     {"calibrate", "runtimes"},
     {"transforms", "algorithms", "formats", "graphs", "evaluate"},
     {"contract"},

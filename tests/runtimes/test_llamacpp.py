@@ -17,7 +17,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from anyquant.core.errors import BadInputError, UnsupportedError, UsageError
 from anyquant.runtimes import _llama_binding as binding
-from anyquant.runtimes.base import Speed
 from anyquant.runtimes.llamacpp import RUNTIME, LlamaCpp, Options
 
 TEXT = (
@@ -220,13 +219,6 @@ def test_greedy_generation_follows_the_argmax_of_transformers(tiny: Tiny) -> Non
         assert list(model.generate(prompt, 0)) == []
         with pytest.raises(UsageError, match="negative"):
             model.generate(prompt, -1)
-
-
-def test_speed_uses_the_given_clock(tiny: Tiny) -> None:
-    ticks = iter([10.0, 12.0, 16.0])
-    with opened(tiny, "f32") as model:
-        speed = model.speed(lambda: next(ticks), prompt_tokens=100, generated=8)
-    assert speed == Speed(100, 8, 50.0, 2.0)
 
 
 def test_refusals_are_one_clear_line(tiny: Tiny, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ RUNTIMES: Registry[Runtime] = Registry(
     "runtime",
     {
         "llama.cpp": "anyquant.runtimes.llamacpp:RUNTIME",
-        "transformers": "anyquant.runtimes.transformers:RUNTIME",
+        "transformers": "anyquant.runtimes.huggingface:RUNTIME",
     },
     "anyquant.runtimes",
 )

@@ -1,6 +1,6 @@
 """What a runtime is: it says whether it can open an artifact, opens it, and answers with logits, text and speed."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
@@ -58,8 +58,16 @@ class Session(Protocol):
         """The continuation of `prompt`, piece by piece, at most `tokens` of them; temperature 0 is greedy."""
         ...
 
-    def speed(self, clock: Callable[[], float], prompt_tokens: int = 128, generated: int = 64) -> Speed:
-        """Throughput as seen by `clock` (seconds)."""
+    def clear(self) -> None:
+        """Forget the sequence so far."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> Logits:
+        """Append tokens all at once; logits after the last one, float32 (vocabulary,)."""
+        ...
+
+    def step(self, token: int) -> Logits:
+        """Append one token; logits after it, float32 (vocabulary,)."""
         ...
 
     def close(self) -> None: ...
@@ -81,3 +89,12 @@ class Runtime(Protocol):
     def load(self, artifact: Path, context: int = 512, threads: int | None = None) -> Session:
         """Open the artifact for sequences of up to `context` tokens."""
         ...
+
+
+def sample(logits: Logits, temperature: float, random: np.random.Generator) -> int:
+    """A token id drawn from softmax(logits / temperature), or the most likely one at temperature 0."""
+    if temperature == 0:
+        return int(np.argmax(logits))
+    scaled = logits.astype(np.float64) / temperature
+    weights = np.exp(scaled - scaled.max())
+    return int(random.choice(len(weights), p=weights / weights.sum()))

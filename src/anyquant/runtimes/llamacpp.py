@@ -8,7 +8,7 @@ float16 cache, and 4e-4 with bfloat16: the cache alone would use up a conversion
 import codecs
 import ctypes
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from anyquant.core.errors import AnyQuantError, BadInputError, UnsupportedError, UsageError
 from anyquant.core.registry import suggest
 from anyquant.runtimes import _llama_binding as binding
-from anyquant.runtimes.base import Logits, Memory, Speed
+from anyquant.runtimes.base import Logits, Memory, sample
 
 # bytes of one output buffer: bounds memory for vocabularies of 100 000 tokens and more
 OUTPUT_BYTES = 1 << 26
@@ -261,28 +261,6 @@ class LlamaCpp:
         if rest:
             yield rest
 
-    def speed(self, clock: Callable[[], float], prompt_tokens: int = 128, generated: int = 64) -> Speed:
-        """Throughput as seen by `clock` (seconds): a prompt at once, then one token after the other."""
-        if prompt_tokens < 1 or generated < 1:
-            raise UsageError(f"cannot time {prompt_tokens} prompt and {generated} generated tokens; give 1 or more")
-        prompt = [index % self.vocabulary for index in range(prompt_tokens)]
-        # the first call after loading also faults in the weights
-        self.clear()
-        self.decode(prompt[:1])
-        self.clear()
-        started = clock()
-        logits = self.decode(prompt)
-        between = clock()
-        for _ in range(generated):
-            logits = self.step(int(np.argmax(logits)))
-        ended = clock()
-        return Speed(
-            prompt_tokens,
-            generated,
-            prompt_tokens / max(between - started, 1e-9),
-            generated / max(ended - between, 1e-9),
-        )
-
     def _piece(self, token: int) -> bytes:
         """Bytes of one token; nothing for a control token."""
         capacity = 64
@@ -346,15 +324,6 @@ class LlamaCppRuntime:
 
 
 RUNTIME = LlamaCppRuntime()
-
-
-def sample(logits: Logits, temperature: float, random: np.random.Generator) -> int:
-    """A token id drawn from softmax(logits / temperature), or the most likely one at temperature 0."""
-    if temperature == 0:
-        return int(np.argmax(logits))
-    scaled = logits.astype(np.float64) / temperature
-    weights = np.exp(scaled - scaled.max())
-    return int(random.choice(len(weights), p=weights / weights.sum()))
 
 
 def _cores() -> int:
