@@ -13,10 +13,18 @@ from anyquant.models.architecture import Architecture
 
 
 class Format(Protocol):
-    """`default_carried` is the dtype in which norms and biases are stored; "" means as in the source."""
+    """`default_carried` is the dtype in which norms and biases are stored; "" means as in the source.
+
+    `entry` is what a runtime opens, relative to the output folder: a file, or "" for the folder itself.
+    """
 
     name: str
     default_carried: str
+    entry: str
+
+    def part_names(self, architecture: Architecture) -> Mapping[str, str]:
+        """Linear name to the name of the (first) part that holds it."""
+        ...
 
     def preset(self, preset: str, architecture: Architecture, importance: bool) -> Mapping[str, tuple[str, str]]:
         """Linear name to (grid, reason) of a named mixture. Raises UsageError for an unknown name."""

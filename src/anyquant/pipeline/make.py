@@ -191,13 +191,16 @@ class Maker:
         self.evidence.measures = measures
         self._point(job, measures, chosen=True)
         with self.watch.stage("conversion"), self._session(job, stage, splits) as session:
-            decoded = self.format.open(stage.folder, self.architecture, job.plan)
+            decoded = self.format.open(stage.folder, self.architecture)
             self.evidence.conversion = check_conversion(
                 session, decoded, self.architecture, self.request.checkpoint, splits.certify, tokenizer.whole
             )
             prompt = list(splits.certify[0].tokens[:128])
             speed = measure_speed(session, prompt, generated=16, repeats=3, clock=self.watch.clock)
-            self.evidence.speed = {"prompt": round(speed.prompt, 1), "generation": round(speed.generation, 1)}
+            self.evidence.speed = {
+                "prompt": round(speed.prompt_per_second, 1),
+                "generation": round(speed.generated_per_second, 1),
+            }
         check = self.evidence.conversion
         if not check.tokens_equal:
             raise AnyQuantError(f"{self.runtime.name} and the source's tokenizer give different token ids")

@@ -31,6 +31,11 @@ FLOAT_TYPE = "F32"  # of norms and biases: llama.cpp adds and multiplies them in
 class GGUFFormat:
     name: str = "gguf"
     default_carried: str = FLOAT_TYPE
+    entry: str = FILE
+
+    def part_names(self, architecture: Architecture) -> Mapping[str, str]:
+        """Linear name to the name of the tensor that holds it."""
+        return {linear.name: target.name for target in targets(architecture) for linear in target.linears}
 
     def preset(self, preset: str, architecture: Architecture, importance: bool) -> Mapping[str, tuple[str, str]]:
         """llama.cpp's named mixtures; see formats.base."""
