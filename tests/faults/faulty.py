@@ -93,9 +93,10 @@ def _counted(name: str) -> Callable[..., Any]:
             if name == "close":  # Linux frees the descriptor even when close reports an error
                 original(self, *arguments)
             raise
-        result = original(self, *arguments)
-        self.after(name)
-        return result
+        try:
+            return original(self, *arguments)
+        finally:
+            self.after(name)
 
     return call
 

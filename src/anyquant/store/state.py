@@ -68,9 +68,9 @@ class StateWriter:
             self._lock = None
 
     def has(self, key: str, grids: Callable[[str], Grid]) -> bool:
-        """Whether a sound entry of this key is there already. A damaged one counts as absent: it is written again."""
+        """Whether a sound entry of this key is there (its sha256 is compared). A damaged one is written again."""
         try:
-            EntryReader(self._entries, key, grids, self._system)
+            EntryReader(self._entries, key, grids, self._system).verify()
         except BadInputError:
             return False
         return True

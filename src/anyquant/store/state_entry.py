@@ -235,11 +235,14 @@ class EntryReader:
         shape = _SHAPE.fullmatch(facts.get("shape", ""))
         if found != (_FORMAT, str(SCHEMA), key) or shape is None:
             raise BadInputError(f"{self.file.path}: not an entry of the state with this key")
-        self.grid = grids(facts.get("grid", ""))
         self.shape = (int(shape[1]), int(shape[2]))
         self._entries: dict[str, Entry] = {entry.name: entry for entry in entries}
         self._digest = facts.get("sha256", "")
-        wanted = entry_tensors(self.grid, self.shape, COLUMN_GROUPS in self._entries)
+        try:
+            self.grid = grids(facts.get("grid", ""))
+            wanted = entry_tensors(self.grid, self.shape, COLUMN_GROUPS in self._entries)
+        except AnyQuantError as error:  # an unknown grid, a shape that does not lie on it
+            raise BadInputError(f"{self.file.path}: {error}") from None
         if {(entry.name, entry.dtype, entry.shape) for entry in entries} != set(wanted):
             raise BadInputError(f"{self.file.path}: its tensors are not those of {self.grid.name} {self.shape}")
 
