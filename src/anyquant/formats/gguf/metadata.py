@@ -38,6 +38,10 @@ FILE_TYPES = {
     "BF16": 32,
 }
 GUESSED = 1024
+# read by llama.cpp for two other families only
+YARN_FIXED = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
+# llama.cpp looks for these in general.name and then demands special tokens that byte-level vocabularies have not
+NAMES_WITH_A_MEANING = ("phi-3", "phi3", "modern-bert")
 
 
 def add_metadata(writer: Any, architecture: Architecture, plan: Plan, checkpoint: Checkpoint) -> None:
@@ -47,7 +51,7 @@ def add_metadata(writer: Any, architecture: Architecture, plan: Plan, checkpoint
     window as its context: within it the two computations are the same.
     """
     sizes = architecture.dimensions
-    writer.add_name(_display_name(architecture, checkpoint))
+    writer.add_name(display_name(checkpoint))
     writer.add_file_type(file_type(architecture, plan))
     writer.add_quantization_version(require("gguf").GGML_QUANT_VERSION)
     writer.add_context_length(min(sizes.context, sizes.window or sizes.context))
@@ -65,11 +69,12 @@ def add_metadata(writer: Any, architecture: Architecture, plan: Plan, checkpoint
     _add_scaling(writer, architecture)
 
 
-def _display_name(architecture: Architecture, checkpoint: Checkpoint) -> str:
+def display_name(checkpoint: Checkpoint) -> str:
+    """What llama.cpp and its front ends call the model; "" (no such key) for a name that changes how they tokenize."""
     declared = checkpoint.config.get("_name_or_path")
-    if isinstance(declared, str) and declared.strip("/"):
-        return declared.strip("/").split("/")[-1]
-    return Path(checkpoint.location).name or architecture.family
+    path = declared if isinstance(declared, str) and declared.strip("/") else checkpoint.location
+    name = Path(path).name
+    return "" if any(word in name.lower() for word in NAMES_WITH_A_MEANING) else name
 
 
 def file_type(architecture: Architecture, plan: Plan) -> int:
@@ -93,12 +98,11 @@ def refuse_scaling(architecture: Architecture) -> list[str]:
     kind = scaling["rope_type"]
     if kind not in family_of(architecture).scalings:
         return [f"rotary scaling {kind!r} of {architecture.family} is not written to GGUF"]
-    reasons = []
-    for key in ("mscale", "mscale_all_dim"):
-        if key in scaling:
-            reasons.append(f"{key} = {scaling[key]} of the rotary scaling is not written to GGUF")
-    if scaling.get("truncate") is False:
-        reasons.append("truncate = false of the rotary scaling: llama.cpp always truncates")
+    reasons = [
+        f"{key} = {scaling[key]} of the rotary scaling: llama.cpp always uses {usual} for {architecture.family}"
+        for key, usual in YARN_FIXED.items()
+        if kind == "yarn" and scaling.get(key, usual) != usual
+    ]
     if kind == "longrope" and scaling["original_max_position_embeddings"] > sizes.context:
         reasons.append("longrope with an original context above the model's own is not written to GGUF")
     return reasons
@@ -116,13 +120,8 @@ def _add_scaling(writer: Any, architecture: Architecture) -> None:
         writer.add_rope_scaling_type(types.YARN)
         writer.add_rope_scaling_factor(factor)
         writer.add_rope_scaling_orig_ctx_len(int(scaling["original_max_position_embeddings"]))
-        if "beta_fast" in scaling:
-            writer.add_rope_scaling_yarn_beta_fast(float(scaling["beta_fast"]))
-        if "beta_slow" in scaling:
-            writer.add_rope_scaling_yarn_beta_slow(float(scaling["beta_slow"]))
-        if "attention_factor" in scaling:
-            # the config gives the whole factor, the file what multiplies llama.cpp's own (the YaRN paper's)
-            writer.add_rope_scaling_attn_factors(float(scaling["attention_factor"]) / yarn_attention(factor))
+        # llama.cpp multiplies its own factor, that of the paper, with the one in the file
+        writer.add_rope_scaling_attn_factors(yarn_attention(scaling) / paper_attention(factor))
     elif kind == "longrope":
         writer.add_rope_scaling_type(types.LONGROPE)
         original = int(scaling["original_max_position_embeddings"])
@@ -132,9 +131,19 @@ def _add_scaling(writer: Any, architecture: Architecture) -> None:
         writer.add_rope_scaling_orig_ctx_len(sizes.context)
 
 
-def yarn_attention(factor: float) -> float:
+def paper_attention(factor: float, mscale: float = 1.0) -> float:
     """What YaRN multiplies queries and keys with (Peng et al. 2023, section 3.4)."""
-    return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def yarn_attention(scaling: Mapping[str, Any]) -> float:
+    """The same for a config that may say otherwise (transformers.modeling_rope_utils)."""
+    if "attention_factor" in scaling:
+        return float(scaling["attention_factor"])
+    factor, mscale, everywhere = float(scaling["factor"]), scaling.get("mscale"), scaling.get("mscale_all_dim")
+    if mscale and everywhere:
+        return paper_attention(factor, float(mscale)) / paper_attention(factor, float(everywhere))
+    return paper_attention(factor)
 
 
 def longrope_attention(scaling: Mapping[str, Any], context: int, original: int) -> float:
