@@ -4,26 +4,30 @@ d and m are stored as float16. Without importance the objective is the squared e
 channels the 4- and 5-bit grids weigh it by a * sqrt(mean of the row's w^2 + w^2), as ggml's own search does.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from anyquant.core.dtypes import Float32
 from anyquant.core.errors import UsageError
 from anyquant.core.grid import Codes, Grid, Parameter, Params, Scope
+from anyquant.grids.scales import LARGEST_HALF, Levels, error_weights, find_pairs, find_scales, spread_out
 
 BLOCK = 32
-LARGEST_HALF = np.float32(65504)
+Ladder = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
 class LegacyGrid(Grid):
-    """A code c stands for level c - `zero`, between `low` and `high`. `affine` grids also have a minimum m."""
+    """A code c stands for level c - `zero` of `levels`; `affine` grids also have a minimum m.
+
+    `ladders` are the candidates of the search without and with importance; none for q8_0, which does not search.
+    """
 
     zero: int = 0
-    low: int = 0
-    high: int = 0
     affine: bool = False
+    levels: Levels = field(default=Levels(BLOCK, -127, 127, 127, signed=False, half=True, spread=False))
+    ladders: tuple[Ladder, ...] = ()
 
     def quantize(
         self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None
@@ -32,89 +36,119 @@ class LegacyGrid(Grid):
 
         `weights` (rows, in) finite; values beyond what float16 d can reach saturate.
         """
-        if self.name == "q8_0":
-            return _quantize_eight(weights)
-        raise NotImplementedError
+        from anyquant.grids.kernels import affine, symmetric
+
+        params = self.fit(weights, importance, shared)
+        flat = np.ascontiguousarray(weights, dtype=np.float32).reshape(-1)
+        codes = np.empty(weights.shape, dtype=self.code_dtype)
+        d = params["d"].astype(np.float32).reshape(-1)
+        high = np.float32(self.levels.high)
+        if self.affine:
+            affine.encode(flat, d, params["m"].astype(np.float32).reshape(-1), high, codes.reshape(-1))
+        else:
+            low, zero = np.float32(self.levels.low), np.float32(self.zero)
+            symmetric.encode(flat, d, low, high, zero, codes.reshape(-1))
+        return params, codes
 
     def fit(self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None) -> Params:
-        """The parameters that `quantize` finds."""
-        return self.quantize(weights, importance, shared)[0]
+        """d (rows, in / 32) float16, and m for affine grids."""
+        if not self.ladders:
+            return {"d": _largest_on_127(weights)}
+        ladder = self.ladder(importance is not None)
+        if self.affine:
+            scales, minima = find_pairs(weights, importance, self.levels, ladder)
+            return {"d": scales.astype(np.float16), "m": minima.astype(np.float16)}
+        return {"d": find_scales(weights, importance, self.levels, ladder).astype(np.float16)}
+
+    def ladder(self, important: bool) -> Float32:
+        """The candidates of the search: levels of the largest weight, or (levels per range, level of the middle)."""
+        chosen = np.array(self.ladders[important], dtype=np.float32)
+        return chosen if self.affine else chosen.reshape(-1)
 
     def encode(self, weights: Float32, params: Params, columns: slice | None = None) -> Codes:
         """Nearest codes, rint((w - m) / d) in float32."""
-        d = self._spread(params["d"], weights.shape[1], columns)
+        d = spread_out(params["d"], BLOCK, columns)
         inverse = np.divide(np.float32(1), d, out=np.zeros_like(d), where=d != 0)
-        shifted = weights
-        if self.affine:
-            shifted = weights - self._spread(params["m"], weights.shape[1], columns)
+        shifted = weights - spread_out(params["m"], BLOCK, columns) if self.affine else weights
         with np.errstate(over="ignore"):
-            levels = np.clip(shifted * inverse, self.low, self.high)
+            levels = np.clip(shifted * inverse, self.levels.low, self.levels.high)
         return (np.rint(levels) + np.float32(self.zero)).astype(self.code_dtype)
 
     def decode(self, codes: Codes, params: Params, columns: slice | None = None) -> Float32:
         """d * (code - zero), or d * code + m, in float32: bit for bit what gguf's reader gives."""
-        levels = codes.astype(np.float32) - np.float32(self.zero)
-        values: Float32 = self._spread(params["d"], codes.shape[1], columns) * levels
+        values = codes.astype(np.float32)
+        values -= np.float32(self.zero)
+        values *= spread_out(params["d"], BLOCK, columns)
         if self.affine:
-            values += self._spread(params["m"], codes.shape[1], columns)
+            values += spread_out(params["m"], BLOCK, columns)
         return values
 
     def weighting(self, weights: Float32, importance: Float32 | None = None) -> Float32:
         """Weight of each squared error in the objective of `quantize`, shape of `weights`."""
-        if importance is None or self.name == "q8_0":
-            return super().weighting(weights, importance)
-        mean_square = np.mean(weights.astype(np.float64) ** 2, axis=1, keepdims=True)
-        spread = np.sqrt(mean_square + weights.astype(np.float64) ** 2)
-        return (importance.astype(np.float64) * spread).astype(np.float32)
-
-    def _spread(self, values: Codes, width: int, columns: slice | None) -> Float32:
-        """A block parameter repeated for each of the `width` columns that are looked at."""
-        start, stop, _ = (columns or slice(None)).indices(values.shape[1] * BLOCK)
-        if columns is None:
-            stop = width
-        spread: Float32 = values.astype(np.float32)[:, np.arange(start, stop) // BLOCK]
-        return spread
+        return error_weights(weights, importance, self.levels.spread)
 
 
-def _quantize_eight(weights: Float32) -> tuple[Params, Codes]:
-    """q8_0: d = max |w| / 127, no search: a smaller d clips more than it gains at this resolution."""
-    from anyquant.grids.kernels import legacy as kernels
+def _largest_on_127(weights: Float32) -> Codes:
+    """q8_0's d = max |w| / 127. No search: a smaller d clips more than it gains at this resolution."""
+    from anyquant.grids.kernels import symmetric
 
-    rows, columns = weights.shape
     flat = np.ascontiguousarray(weights, dtype=np.float32).reshape(-1)
     largest = np.empty(flat.size // BLOCK, dtype=np.float32)
-    kernels.largest_magnitudes(flat, largest)
-    d = np.minimum(largest / np.float32(127), LARGEST_HALF).astype(np.float16)
-    codes = np.empty((rows, columns), dtype=np.int8)
-    kernels.encode_eight(flat, d.astype(np.float32), codes.reshape(-1))
-    return {"d": d.reshape(rows, -1)}, codes
+    symmetric.largest_magnitudes(flat, largest)
+    d: Codes = np.minimum(largest / np.float32(127), np.float32(LARGEST_HALF)).astype(np.float16)
+    return d.reshape(len(weights), -1)
+
+
+def _either_end(bits: int, above: float, count: int) -> Ladder:
+    """`count` candidates that put the largest weight near the lowest level, then as many near the highest.
+
+    Up to 0.9 levels inside the range, and `above` beyond it: the more some weights matter, the more clipping pays.
+    """
+    low, high = 2 ** (bits - 1), 2 ** (bits - 1) - 1
+    steps = [-0.9 + (above + 0.9) * k / (count - 1) for k in range(count)]
+    return tuple([(-(low + step),) for step in steps] + [(high + step,) for step in steps])
+
+
+def _ranges(bits: int, ends: tuple[float, float], count: int, shifts: tuple[float, ...]) -> Ladder:
+    """`count` ranges of 2^bits - 1 + `ends` levels, each with the middle at the middle level plus each of `shifts`."""
+    high, (first, last) = 2**bits - 1, ends
+    steps = [first + (last - first) * k / (count - 1) for k in range(count)]
+    return tuple((high + step, high / 2 + shift) for step in steps for shift in shifts)
 
 
 def make(name: str) -> LegacyGrid:
     """The grid "q8_0", "q4_0", "q4_1", "q5_0" or "q5_1"."""
-    known = {
-        # bits, code type, zero, lowest and highest level, affine
-        "q8_0": (8, "int8", 0, -127, 127, False),
-        "q4_0": (4, "uint8", 8, -8, 7, False),
-        "q4_1": (4, "uint8", 0, 0, 15, True),
-        "q5_0": (5, "uint8", 16, -16, 15, False),
-        "q5_1": (5, "uint8", 0, 0, 31, True),
-    }
-    if name not in known:
-        raise UsageError(f"unknown legacy grid {name!r}; known: {', '.join(known)}")
-    bits, code_dtype, zero, low, high, affine = known[name]
-    parameters = [Parameter("d", "float16", 16, Scope.BLOCK, BLOCK)]
+    if name not in ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1"):
+        raise UsageError(f"unknown legacy grid {name!r}; known: q8_0, q4_0, q4_1, q5_0, q5_1")
+    bits, affine = int(name[1]), name.endswith("1")
+    half = 2 ** (bits - 1)
+    d = Parameter("d", "float16", 16, Scope.BLOCK, BLOCK)
+    m = Parameter("m", "float16", 16, Scope.BLOCK, BLOCK)
+    if name == "q8_0":
+        return LegacyGrid(name, "legacy", (1, BLOCK), "int8", bits, (d,))
     if affine:
-        parameters.append(Parameter("m", "float16", 16, Scope.BLOCK, BLOCK))
+        return LegacyGrid(
+            name=name,
+            family="legacy",
+            block=(1, BLOCK),
+            code_dtype="uint8",
+            code_bits=bits,
+            parameters=(d, m),
+            affine=True,
+            levels=Levels(BLOCK, 0, 2 * half - 1, 2 * half - 1, signed=False, half=True, spread=True),
+            ladders=(
+                _ranges(bits, (-0.8, 1.2), 5, (-0.5, 0.0, 0.5)),
+                _ranges(bits, (-0.9, 3.0), 10, (-0.75, -0.25, 0.25, 0.75)),
+            ),
+        )
     return LegacyGrid(
         name=name,
         family="legacy",
         block=(1, BLOCK),
-        code_dtype=code_dtype,
+        code_dtype="uint8",
         code_bits=bits,
-        parameters=tuple(parameters),
-        zero=zero,
-        low=low,
-        high=high,
-        affine=affine,
+        parameters=(d,),
+        zero=half,
+        levels=Levels(BLOCK, -half, half - 1, -half, signed=True, half=True, spread=True),
+        ladders=(_either_end(bits, 0.9, 8), _either_end(bits, 2.0, 16)),
     )

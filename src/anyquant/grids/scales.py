@@ -1,0 +1,224 @@
+"""One scale, or one scale and minimum, per group of consecutive weights: what legacy and integer grids share.
+
+`find_scales` and `find_pairs` are the searches (compiled); `slow_scales` and `slow_pairs` say the same in plain NumPy
+and double precision, and are the oracle of the tests. Both try a ladder of candidate scales, refit each by weighted
+least squares to the levels it gives, keep the one that removes most error, store it, refit it once more to the levels
+under the stored value, and fall back to plain rounding wherever that is better.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from anyquant.core.dtypes import Float32, bfloat16_to_float32, float32_to_bfloat16
+from anyquant.core.grid import Codes
+
+Float64 = npt.NDArray[np.float64]
+LARGEST_HALF = 65504.0
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Levels `low` to `high` in groups of `group` weights; plain rounding puts the largest weight on level `plain`.
+
+    `signed`: the scale may be negative, and `plain` and the ladder refer to the largest weight with its sign. `half`:
+    scales are stored as float16, else as bfloat16. `spread`: with importance, an error also weighs
+    sqrt(mean of the row's w^2 + w^2), as in ggml's own searches.
+    """
+
+    group: int
+    low: int
+    high: int
+    plain: int
+    signed: bool
+    half: bool
+    spread: bool
+
+
+def find_scales(weights: Float32, importance: Float32 | None, levels: Levels, ladder: Float32) -> Float32:
+    """Stored scales (rows, in / group), as float32, of `weights` (rows, in).
+
+    `ladder` holds the candidates: the level on which the largest weight of the group would come to lie.
+    """
+    from anyquant.grids.kernels import symmetric
+
+    flat, lanes, spread = _inputs(weights, importance, levels)
+    scales = np.empty(flat.size // levels.group, dtype=np.float32)
+    limits = (np.float32(levels.low), np.float32(levels.high), np.float32(levels.plain), levels.half)
+    symmetric.search(flat, lanes, ladder, limits, levels.signed, spread, scales)
+    return scales.reshape(len(weights), -1)
+
+
+def find_pairs(
+    weights: Float32, importance: Float32 | None, levels: Levels, ladder: Float32
+) -> tuple[Float32, Float32]:
+    """Stored scales and minima, each (rows, in / group) as float32.
+
+    `ladder` (candidates, 2) holds the number of levels that the range of a group spans, and the level of its middle.
+    """
+    from anyquant.grids.kernels import affine
+
+    flat, lanes, spread = _inputs(weights, importance, levels)
+    scales = np.empty(flat.size // levels.group, dtype=np.float32)
+    minima = np.empty_like(scales)
+    affine.search(flat, lanes, ladder, np.float32(levels.high), spread, scales, minima)
+    return scales.reshape(len(weights), -1), minima.reshape(len(weights), -1)
+
+
+def spread_out(values: Codes, group: int, columns: slice | None) -> Float32:
+    """A parameter (rows, in / group) as float32, repeated for each weight of `columns` (all: None)."""
+    single = values.astype(np.float32)
+    if columns is None:
+        return np.repeat(single, group, axis=1)
+    start, stop, _ = columns.indices(values.shape[1] * group)
+    chosen: Float32 = single[:, np.arange(start, stop) // group]
+    return chosen
+
+
+def error_weights(weights: Float32, importance: Float32 | None, spread: bool) -> Float32:
+    """The weight of each squared error, shape of `weights`."""
+    if importance is None:
+        return np.ones_like(weights)
+    wide = importance.astype(np.float64)
+    if spread:
+        squares = weights.astype(np.float64) ** 2
+        wide = wide * np.sqrt(squares.mean(axis=1, keepdims=True) + squares)
+    return np.broadcast_to(wide.astype(np.float32), weights.shape)
+
+
+def _inputs(weights: Float32, importance: Float32 | None, levels: Levels) -> tuple[Float32, Float32, Float32]:
+    """Flat weights; importance by position in the group, then group; mean squares of the rows, or nothing."""
+    from anyquant.grids.kernels import symmetric
+
+    whole = np.ascontiguousarray(weights, dtype=np.float32)
+    groups = weights.shape[1] // levels.group
+    steering = usable_importance(importance, weights.shape[1], levels.group).reshape(groups, levels.group)
+    # the kernel reads a lane per group, across the end of the row into the next one
+    around = np.arange(groups + symmetric.LANES) % groups
+    lanes = np.ascontiguousarray(steering.T[:, around])
+    squares = np.empty(len(weights) if levels.spread and importance is not None else 0, dtype=np.float32)
+    symmetric.mean_squares(whole, squares)
+    return whole.reshape(-1), lanes, squares
+
+
+def usable_importance(importance: Float32 | None, columns: int, group: int) -> Float32:
+    """Importance (in,) scaled by a power of two to at most 1, and all ones in a group where nothing is important.
+
+    A search must decide something for weights that no calibration text ever used; all equal is the neutral choice.
+    """
+    if importance is None:
+        return np.ones(columns, dtype=np.float32)
+    largest = float(importance.max(initial=0.0))
+    if largest == 0:
+        return np.ones(columns, dtype=np.float32)
+    _, exponent = np.frexp(largest)
+    scaled = np.ldexp(importance.astype(np.float64), -int(exponent)).astype(np.float32).reshape(-1, group)
+    scaled[scaled.max(axis=1) == 0] = 1
+    return scaled.reshape(-1)
+
+
+def slow_scales(weights: Float32, importance: Float32 | None, levels: Levels, ladder: Float32) -> Float32:
+    """`find_scales`, plainly."""
+    x, w = _groups(weights, importance, levels)
+    top, bottom = x.max(axis=1), x.min(axis=1)
+    unit = np.where(top >= -bottom, top, bottom) if levels.signed else np.maximum(top, -bottom)
+    unit = np.where(unit == 0, 1, unit)
+    store = _to_half if levels.half else _to_brain
+
+    def nearest(scale: Float64) -> Float64:
+        inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
+        codes: Float64 = np.clip(np.rint(x * inverse[:, None]), levels.low, levels.high)
+        return codes
+
+    def least_squares(codes: Float64) -> tuple[Float64, Float64]:
+        product, square = (w * x * codes).sum(axis=1), (w * codes * codes).sum(axis=1)
+        scale = np.divide(product, square, out=np.zeros_like(product), where=square > 0)
+        return scale, scale * product
+
+    def error(scale: Float64) -> Float64:
+        total: Float64 = np.sum(w * (x - scale[:, None] * nearest(scale)) ** 2, axis=1)
+        return total
+
+    gain, scale = np.zeros(len(x)), np.zeros(len(x))
+    for step in ladder:
+        candidate, gained = least_squares(nearest(unit / float(step)))
+        gain, scale = np.where(gained > gain, gained, gain), np.where(gained > gain, candidate, scale)
+    first = store(scale)
+    second = store(least_squares(nearest(first))[0])
+    best = _least(error, [(first,), (second,), (store(unit / levels.plain),)])
+    return best[0].reshape(len(weights), -1).astype(np.float32)
+
+
+def slow_pairs(
+    weights: Float32, importance: Float32 | None, levels: Levels, ladder: Float32
+) -> tuple[Float32, Float32]:
+    """`find_pairs`, plainly."""
+    x, w = _groups(weights, importance, levels)
+    top, bottom = x.max(axis=1), x.min(axis=1)
+    middle, length = (top + bottom) / 2, np.where(top > bottom, top - bottom, 1)
+
+    def nearest(scale: Float64, minimum: Float64) -> Float64:
+        inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
+        codes: Float64 = np.clip(np.rint((x - minimum[:, None]) * inverse[:, None]), 0, levels.high)
+        return codes
+
+    def least_squares(codes: Float64) -> tuple[Float64, Float64]:
+        """Weighted regression of the weights on the levels, about their means."""
+        total = w.sum(axis=1, keepdims=True)
+        mean_x, mean_l = (w * x).sum(axis=1, keepdims=True) / total, (w * codes).sum(axis=1, keepdims=True) / total
+        mixed, square = (w * (x - mean_x) * (codes - mean_l)).sum(axis=1), (w * (codes - mean_l) ** 2).sum(axis=1)
+        scale = np.divide(mixed, square, out=np.zeros_like(mixed), where=square > 0)
+        return scale, mean_x[:, 0] - scale * mean_l[:, 0]
+
+    def error(scale: Float64, minimum: Float64) -> Float64:
+        values = scale[:, None] * nearest(scale, minimum) + minimum[:, None]
+        return np.sum(w * (x - values) ** 2, axis=1)
+
+    def stored(pair: tuple[Float64, Float64]) -> tuple[Float64, Float64]:
+        return _to_half(pair[0]), _to_half(pair[1])
+
+    def unrounded(scale: Float64, minimum: Float64, codes: Float64) -> Float64:
+        return np.sum(w * (x - scale[:, None] * codes - minimum[:, None]) ** 2, axis=1)
+
+    least = np.full(len(x), np.inf)
+    pair = (np.zeros(len(x)), middle)
+    for steps, at_middle in ladder.astype(np.float64):
+        scale = length / steps
+        codes = nearest(scale, middle - scale * at_middle)
+        found = least_squares(codes)
+        left = unrounded(*found, codes)
+        pair = (np.where(left < least, found[0], pair[0]), np.where(left < least, found[1], pair[1]))
+        least = np.minimum(left, least)
+    first = stored(pair)
+    second = stored(least_squares(nearest(*first)))
+    third = stored(least_squares(nearest(*second)))
+    best = _least(error, [first, second, third, stored((length / levels.high, bottom))])
+    return (
+        best[0].reshape(len(weights), -1).astype(np.float32),
+        best[1].reshape(len(weights), -1).astype(np.float32),
+    )
+
+
+def _groups(weights: Float32, importance: Float32 | None, levels: Levels) -> tuple[Float64, Float64]:
+    """Weights and the weights of their errors, (groups, group)."""
+    steering = usable_importance(importance, weights.shape[1], levels.group)
+    w = error_weights(weights, steering, levels.spread and importance is not None)
+    return weights.astype(np.float64).reshape(-1, levels.group), w.astype(np.float64).reshape(-1, levels.group)
+
+
+def _least(error: Callable[..., Float64], candidates: list[tuple[Float64, ...]]) -> tuple[Float64, ...]:
+    """The candidate of least error for each group, the first of equals."""
+    choice = np.argmin([error(*candidate) for candidate in candidates], axis=0)
+    fields = zip(*candidates, strict=True)
+    return tuple(np.choose(choice, list(field)) for field in fields)
+
+
+def _to_half(values: Float64) -> Float64:
+    stored: Float64 = np.clip(values, -LARGEST_HALF, LARGEST_HALF).astype(np.float16).astype(np.float64)
+    return stored
+
+
+def _to_brain(values: Float64) -> Float64:
+    return bfloat16_to_float32(float32_to_bfloat16(values.astype(np.float32))).astype(np.float64)
