@@ -11,7 +11,7 @@ from anyquant.core.errors import UsageError
 from anyquant.core.progress import Progress, Silent
 from anyquant.evaluate.measures import Measures
 from anyquant.evaluate.verdict import Contract, contract_for
-from anyquant.formats import FORMATS
+from anyquant.formats import rules
 from anyquant.models.detect import detect
 from anyquant.pipeline import artifacts
 from anyquant.pipeline.cost import Cost, estimate
@@ -136,7 +136,7 @@ def plan(
         wish = replace(wish, preset=goal.default_preset)
     checkpoint = open_checkpoint(model_path(model))
     architecture = detect(checkpoint)
-    job = make_job(architecture, checkpoint, FORMATS.get(goal.format), wish, not data_free)
+    job = make_job(architecture, checkpoint, rules(goal.format), wish, not data_free)
     tokens = 0 if data_free else wish.calibration.tokens
     return job, estimate(job, threads or cores(), tokens)
 

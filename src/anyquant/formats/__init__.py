@@ -1,7 +1,7 @@
 """Formats: how a quantized model lies on disk, one folder each, found by name and loaded when used."""
 
 from anyquant.core.registry import Registry
-from anyquant.formats.base import Format
+from anyquant.formats.base import Format, Rules
 
 FORMATS: Registry[Format] = Registry(
     "format",
@@ -11,3 +11,14 @@ FORMATS: Registry[Format] = Registry(
     },
     "anyquant.formats",
 )
+
+STATE = "state"
+
+
+def rules(name: str) -> Rules:
+    """What can be planned for: any format, or the neutral state ("state"), which `store.state` writes."""
+    if name == STATE:
+        from anyquant.formats.state import RULES
+
+        return RULES
+    return FORMATS.get(name)

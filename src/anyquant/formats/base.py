@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.dtypes import Bytes, Float32
@@ -12,15 +12,22 @@ from anyquant.core.qtensor import QTensor
 from anyquant.models.architecture import Architecture
 
 
-class Format(Protocol):
-    """`default_carried` is the dtype in which norms and biases are stored; "" means as in the source.
+class Rules(Protocol):
+    """What planning asks of a target: its rules and its exact bytes.
+
+    `default_carried` is the dtype in which norms and biases are stored; "" means as in the source.
 
     `entry` is what a runtime opens, relative to the output folder: a file, or "" for the folder itself.
     """
 
-    name: str
-    default_carried: str
-    entry: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def default_carried(self) -> str: ...
+
+    @property
+    def entry(self) -> str: ...
 
     def part_names(self, architecture: Architecture) -> Mapping[str, str]:
         """Linear name to the name of the (first) part that holds it."""
@@ -53,14 +60,19 @@ class Format(Protocol):
         """All files with their exact bytes; only headers and small text files of the checkpoint are read."""
         ...
 
-    def pack(self, unit: Unit, architecture: Architecture, linear: str, first_row: int, rows: QTensor) -> list[Chunk]:
-        """The bytes of some rows of one Linear of the unit; rows start at logical row `first_row` of that Linear."""
-        ...
-
     def slices(
         self, unit: Unit, architecture: Architecture, linear: str, first_row: int, rows: int
     ) -> list[tuple[str, int, int]]:
         """(part, offset in the part, bytes) that these rows of the Linear occupy: what `pack` writes."""
+        ...
+
+
+@runtime_checkable
+class Format(Rules, Protocol):
+    """Rules, and the pure functions between quantized rows and bytes."""
+
+    def pack(self, unit: Unit, architecture: Architecture, linear: str, first_row: int, rows: QTensor) -> list[Chunk]:
+        """The bytes of some rows of one Linear of the unit; rows start at logical row `first_row` of that Linear."""
         ...
 
     def unpack(

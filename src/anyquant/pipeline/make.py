@@ -1,37 +1,37 @@
 """The main job: open, plan, calibrate, quantize, verify, measure in the runtime, judge, publish with a report."""
 
 import resource
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from anyquant import __version__
-from anyquant.calibrate.text import Splits, Tokenizer
+from anyquant.calibrate.text import Document, Splits, Tokenizer
 from anyquant.core.checkpoint import Checkpoint
-from anyquant.core.errors import AnyQuantError, UsageError
+from anyquant.core.errors import UsageError
 from anyquant.core.progress import Progress
 from anyquant.evaluate.measures import Measures
-from anyquant.evaluate.speed import measure_speed
 from anyquant.evaluate.verdict import Contract, Verdict, judge
-from anyquant.formats import FORMATS
+from anyquant.formats import rules
+from anyquant.formats.base import Rules
 from anyquant.models.architecture import Architecture
 from anyquant.models.detect import detect
 from anyquant.pipeline import report as reporting
 from anyquant.pipeline.accounts import make_ledger
-from anyquant.pipeline.measure import ReferenceLogits, check_conversion, compare, loss_of
+from anyquant.pipeline.backends import Proof, backend_for
+from anyquant.pipeline.measure import ReferenceLogits, loss_of
 from anyquant.pipeline.picture import Point
 from anyquant.pipeline.planner import Job, make_job
 from anyquant.pipeline.recipe import Recipe
-from anyquant.pipeline.report import Conversion, Report
-from anyquant.pipeline.run import Importance, Unweighted, Written, execute
+from anyquant.pipeline.report import Report
+from anyquant.pipeline.run import Importance, Unweighted
 from anyquant.pipeline.statistics import gather
 from anyquant.pipeline.targets import Target
 from anyquant.pipeline.texts import DEFAULT_TEXT_WARNING, describe, load_splits, source_tokenizer
-from anyquant.pipeline.verify import verify
-from anyquant.runtimes import RUNTIMES
+from anyquant.pipeline.verify import Verified
+from anyquant.runtimes.transformers import TransformersRuntime
 from anyquant.store.publish import Stage
 
 LIBRARIES = ("numpy", "numba", "gguf", "torch", "transformers", "tokenizers", "xllamacpp", "compressed-tensors")
@@ -74,8 +74,7 @@ class _Evidence:
 
     points: list[Point] = field(default_factory=list)
     measures: Measures | None = None
-    conversion: Conversion | None = None
-    speed: Mapping[str, float] = field(default_factory=dict)
+    proof: Proof = field(default_factory=lambda: Proof(None, {}))
 
 
 class Maker:
@@ -85,8 +84,8 @@ class Maker:
         self.request = request
         self.progress = progress
         self.watch = Watch(clock)
-        self.format = FORMATS.get(request.target.format)
-        self.runtime = RUNTIMES.get(request.target.runtime)
+        self.rules: Rules = rules(request.target.format)
+        self.backend = backend_for(request.target, request.threads, progress, clock)
         self.architecture: Architecture = detect(request.checkpoint)
         calibration = request.recipe.calibration
         self.measuring = not calibration.data_free or calibration.text is not None or request.contract.needs_measures
@@ -106,13 +105,11 @@ class Maker:
         with Stage(request.out, request.overwrite, needed=largest) as stage:
             splits, tokenizer = self._texts()
             statistics = self._statistics(splits)
-            job, written = self._choose(plans, stage, splits, statistics)
-            with self.watch.stage("verify"):
-                verified = verify(job, stage.folder, written, statistics, request.threads, self.progress)
+            job, verified = self._write(plans, stage, splits, statistics)
             if splits is not None and tokenizer is not None:
                 self._certify(job, stage, splits, tokenizer)
             verdict = judge(self.evidence.measures, request.contract, job.layout.nbytes)
-            report = self._report(job, verdict, splits, verified.errors, verified.hashes)
+            report = self._report(job, verdict, splits, verified)
             for name, text in (
                 ("report.json", reporting.render_json(report)),
                 ("report.md", reporting.render_markdown(report)),
@@ -128,7 +125,7 @@ class Maker:
         labels = request.target.ladder if request.climb else [request.recipe.preset]
         recipes = [replace(request.recipe, preset=label) if request.climb else request.recipe for label in labels]
         jobs = [
-            make_job(self.architecture, request.checkpoint, self.format, recipe, self.importance) for recipe in recipes
+            make_job(self.architecture, request.checkpoint, self.rules, recipe, self.importance) for recipe in recipes
         ]
         return sorted(jobs, key=lambda job: job.layout.nbytes) if request.climb else jobs
 
@@ -150,34 +147,38 @@ class Maker:
             calibration = self.request.recipe.calibration
             return gather(self.request.checkpoint, self.architecture, calibration, splits.calibrate, self.progress)
 
-    def _choose(
+    def _write(
         self, plans: list[Job], stage: Stage, splits: Splits | None, statistics: Importance
-    ) -> tuple[Job, Written]:
-        """Write the artifact; on the ladder, the smallest rung that keeps the contract on the *select* split."""
-        threads = self.request.threads
-        if not self.request.climb or splits is None:
+    ) -> tuple[Job, Verified]:
+        """Write the artifact: on the ladder, the smallest rung that keeps the contract on *select*. Then verify it."""
+        job = plans[0]
+        if self.request.climb and splits is not None:
+            job = self._climb(plans, stage, splits, statistics)
+        else:
             with self.watch.stage("quantize"):
-                return plans[0], execute(plans[0], statistics, stage, threads, self.progress)
+                self.backend.write(job, statistics, stage)
+        with self.watch.stage("verify"):
+            return job, self.backend.verify(job, statistics, stage)
+
+    def _climb(self, plans: list[Job], stage: Stage, splits: Splits, statistics: Importance) -> Job:
         with self.watch.stage("reference"):
             reference = self._reference(splits.select, stage)
         try:
             for job in plans:
-                for file in job.layout.files:
-                    stage.discard(file.path)
                 with self.watch.stage("quantize"):
-                    written = execute(job, statistics, stage, threads, self.progress)
+                    self.backend.write(job, statistics, stage)
                 with self.watch.stage("select"):
-                    measures = self._measure(job, stage, reference, f"select {job.plan.label}")
+                    measures = self.backend.measure(job, stage, reference, f"select {job.plan.label}")
                 self._point(job, measures, chosen=False)
-                kl = measures.mean_kl
                 self.progress.say(
-                    f"  {job.plan.label:<8} {job.layout.nbytes:>14,} bytes   mean KL {kl.value:.5f} on select"
+                    f"  {job.plan.label:<8} {job.layout.nbytes:>14,} bytes   "
+                    f"mean KL {measures.mean_kl.value:.5f} on select"
                 )
                 if _promising(measures, self.request.contract):
                     break
         finally:
             reference.close()
-        return job, written
+        return job
 
     def _certify(self, job: Job, stage: Stage, splits: Splits, tokenizer: Tokenizer) -> None:
         """Once, on text that nothing has seen: loss, conversion error, speed."""
@@ -185,49 +186,17 @@ class Maker:
             reference = self._reference(splits.certify, stage)
         try:
             with self.watch.stage("certify"):
-                measures = self._measure(job, stage, reference, "certify")
+                measures = self.backend.measure(job, stage, reference, "certify")
         finally:
             reference.close()
         self.evidence.measures = measures
         self._point(job, measures, chosen=True)
-        with self.watch.stage("conversion"), self._session(job, stage, splits) as session:
-            decoded = self.format.open(stage.folder, self.architecture)
-            self.evidence.conversion = check_conversion(
-                session, decoded, self.architecture, self.request.checkpoint, splits.certify, tokenizer.whole
-            )
-            prompt = list(splits.certify[0].tokens[:128])
-            speed = measure_speed(session, prompt, generated=16, repeats=3, clock=self.watch.clock)
-            self.evidence.speed = {
-                "prompt": round(speed.prompt_per_second, 1),
-                "generation": round(speed.generated_per_second, 1),
-            }
-        check = self.evidence.conversion
-        if not check.tokens_equal:
-            raise AnyQuantError(f"{self.runtime.name} and the source's tokenizer give different token ids")
-        if not check.mean_kl <= check.limit:
-            raise AnyQuantError(
-                f"conversion error: {self.runtime.name} differs from our decode of the artifact by mean KL "
-                f"{check.mean_kl:.2e}, more than {check.limit:g}; nothing was published"
-            )
+        with self.watch.stage("prove"):
+            self.evidence.proof = self.backend.prove(job, stage, splits.certify, tokenizer.whole)
 
-    def _reference(self, documents: Any, stage: Stage) -> ReferenceLogits:
-        from anyquant.runtimes.transformers import TransformersRuntime
-
+    def _reference(self, documents: Sequence[Document], stage: Stage) -> ReferenceLogits:
         runtime = TransformersRuntime(self.request.checkpoint, self.architecture)
         return ReferenceLogits(runtime, documents, stage.folder.parent, self.progress)
-
-    @contextmanager
-    def _session(self, job: Job, stage: Stage, splits: Splits) -> Iterator[Any]:
-        longest = max(len(document.tokens) for part in splits for document in part)
-        artifact = stage.folder / self.format.entry
-        with self.runtime.load(artifact, context=longest, threads=self.request.threads) as session:
-            yield session
-
-    def _measure(self, job: Job, stage: Stage, reference: ReferenceLogits, label: str) -> Measures:
-        longest = max(len(document.tokens) for document in reference.documents)
-        artifact = stage.folder / self.format.entry
-        with self.runtime.load(artifact, context=longest, threads=self.request.threads) as session:
-            return compare(session, reference, self.progress, label)
 
     def _point(self, job: Job, measures: Measures, chosen: bool) -> None:
         kl = measures.mean_kl
@@ -240,8 +209,7 @@ class Maker:
         job: Job,
         verdict: Verdict,
         splits: Splits | None,
-        errors: Mapping[str, float],
-        hashes: Mapping[str, str],
+        verified: Verified,
     ) -> Report:
         request, checkpoint = self.request, self.request.checkpoint
         measures = self.evidence.measures
@@ -252,7 +220,7 @@ class Maker:
             family=self.architecture.family,
             target=request.target.name,
             label=job.plan.label,
-            artifact=self.format.entry or request.out.name,
+            artifact=self.rules.entry,
             nbytes=job.layout.nbytes,
             source_bytes=sum(checkpoint.spec(name).nbytes for name in checkpoint.names()),
             weights=job.weights,
@@ -260,13 +228,13 @@ class Maker:
             sentences=(verdict.sentence,) if measures is not None else ("Nothing was measured.",),
             contract={key: value for key, value in asdict(request.contract).items() if value is not None},
             loss=None if measures is None else loss_of(measures, "certify"),
-            conversion=self.evidence.conversion,
-            speed=self.evidence.speed,
+            conversion=self.evidence.proof.conversion,
+            speed=self.evidence.proof.speed,
             points=tuple(self.evidence.points),
-            ledger=make_ledger(job, errors),
+            ledger=make_ledger(job, verified.errors),
             recipe=job.recipe.as_dict(),
             data={} if splits is None else describe(splits, request.recipe.calibration),
-            hashes=dict(hashes),
+            hashes=dict(verified.hashes),
             versions=_versions(),
             seconds=self.watch.seconds,
             peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

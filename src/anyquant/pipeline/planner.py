@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 
 from anyquant.algorithms import ALGORITHMS
 from anyquant.core.checkpoint import Checkpoint
-from anyquant.core.errors import UnsupportedError, UsageError
+from anyquant.core.errors import AnyQuantError, UnsupportedError, UsageError
 from anyquant.core.linear import Linear, Role
 from anyquant.core.plan import Decision, Layout, Plan
-from anyquant.formats.base import Format
+from anyquant.formats.base import Format, Rules
 from anyquant.grids import grid as find_grid
 from anyquant.models.architecture import Architecture
 from anyquant.pipeline.recipe import Recipe
@@ -23,7 +23,7 @@ class Job:
 
     checkpoint: Checkpoint
     architecture: Architecture
-    format: Format
+    format: Rules
     recipe: Recipe
     plan: Plan
     layout: Layout
@@ -41,7 +41,7 @@ def stored_grid(checkpoint: Checkpoint, tensor: str) -> str:
 
 
 def _base(
-    architecture: Architecture, checkpoint: Checkpoint, target: Format, recipe: Recipe, importance: bool
+    architecture: Architecture, checkpoint: Checkpoint, target: Rules, recipe: Recipe, importance: bool
 ) -> dict[str, tuple[str, str]]:
     """Linear name to (grid, reason) before rules."""
     if recipe.preset is not None:
@@ -86,7 +86,7 @@ def _apply_rules(decisions: dict[str, Decision], architecture: Architecture, rec
             )
 
 
-def _fit(decision: Decision, linear: Linear, target: Format) -> Decision:
+def _fit(decision: Decision, linear: Linear, target: Rules) -> Decision:
     """The decision, or the format's documented fallback where the shape does not lie on the grid."""
     reason = find_grid(decision.grid).refuses(linear.shape)
     if reason is None:
@@ -115,7 +115,7 @@ def _check_ties(decisions: Mapping[str, Decision], ties: Mapping[str, str]) -> d
 
 
 def make_plan(
-    architecture: Architecture, checkpoint: Checkpoint, target: Format, recipe: Recipe, importance: bool
+    architecture: Architecture, checkpoint: Checkpoint, target: Rules, recipe: Recipe, importance: bool
 ) -> Plan:
     """Decide every Linear and every carried tensor.
 
@@ -148,8 +148,15 @@ def make_plan(
 
 
 def make_job(
-    architecture: Architecture, checkpoint: Checkpoint, target: Format, recipe: Recipe, importance: bool
+    architecture: Architecture, checkpoint: Checkpoint, target: Rules, recipe: Recipe, importance: bool
 ) -> Job:
     """Plan and layout together."""
     plan = make_plan(architecture, checkpoint, target, recipe, importance)
     return Job(checkpoint, architecture, target, recipe, plan, target.layout(architecture, plan, checkpoint))
+
+
+def writable(job: Job) -> Format:
+    """The format of a job that is written through one. Raises AnyQuantError for the neutral state."""
+    if not isinstance(job.format, Format):
+        raise AnyQuantError(f"{job.format.name} is planned for, but not written through a format")
+    return job.format

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -41,6 +41,10 @@ class Conversion:
     mean_kl: float
     limit: float
     tokens_equal: bool
+
+    def with_limit(self, limit: float) -> "Conversion":
+        """The same, judged against `limit`."""
+        return replace(self, limit=limit)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from anyquant.core.qtensor import QTensor
 from anyquant.grids import grid as find_grid
 from anyquant.pipeline.blocks import Block, blocks, check_finite, read_block
 from anyquant.pipeline.executors.threads import run_all
-from anyquant.pipeline.planner import Job
+from anyquant.pipeline.planner import Job, writable
 
 
 class Importance(Protocol):
@@ -102,7 +102,7 @@ def _carry(job: Job, unit: Unit, files: _Files) -> dict[tuple[str, int], bytes]:
         carried = job.architecture.carried_by_name[name]
         values = read_tensor(job.checkpoint, carried.tensor).reshape(-1)[carried.start : carried.start + carried.length]
         check_finite(values, f"tensor {carried.tensor} ({name})")
-        for chunk in job.format.carry(unit, job.architecture, values):
+        for chunk in writable(job).carry(unit, job.architecture, values):
             digests[chunk.part, chunk.offset] = files.write(chunk)
     return digests
 
@@ -113,6 +113,7 @@ def execute(job: Job, statistics: Importance, sink: Sink, threads: int, progress
     Peak memory is a few row blocks per thread, whatever the size of the model or of its largest tensor.
     Raises BadInputError for weights that are not finite, OutputError when the disk fails.
     """
+    target = writable(job)
     files = _Files(job.layout, sink)
     digests: dict[tuple[str, int], bytes] = {}
     sampled: dict[tuple[str, int], tuple[float, float]] = {}
@@ -121,7 +122,7 @@ def execute(job: Job, statistics: Importance, sink: Sink, threads: int, progress
 
     def work(block: Block) -> tuple[dict[tuple[str, int], bytes], tuple[float, float] | None]:
         rows, weights, importance = quantize_block(job, block, statistics)
-        chunks = job.format.pack(block.unit, job.architecture, block.linear.name, block.first, rows)
+        chunks = target.pack(block.unit, job.architecture, block.linear.name, block.first, rows)
         error = squared_error(weights, rows.decode(), rows.grid, importance) if block.first == 0 else None
         return {(chunk.part, chunk.offset): files.write(chunk) for chunk in chunks}, error
 

@@ -11,14 +11,22 @@ from anyquant.core.registry import suggest
 
 @dataclass(frozen=True)
 class Target:
-    """`runtime` is what proves the artifact here; `default_preset` what is made when nothing is asked for."""
+    """`runtime` is what proves the artifact here; `default_preset` what is made when nothing is asked for.
+
+    `exact_grids`: grids on which the runtime computes exactly, without rounding activations ("*": all).
+    """
 
     name: str
     format: str
     runtime: str
     default_preset: str
     ladder: tuple[str, ...]
+    exact_grids: tuple[str, ...]
     note: str
+
+    def exact(self, grid: str) -> bool:
+        """Whether the runtime's arithmetic on this grid is exact but for float rounding."""
+        return "*" in self.exact_grids or grid in self.exact_grids
 
 
 @cache
@@ -32,6 +40,7 @@ def targets() -> dict[str, Target]:
             runtime=row["runtime"],
             default_preset=row["default_preset"],
             ladder=tuple(row["ladder"]),
+            exact_grids=tuple(row["exact_grids"]),
             note=row["note"],
         )
         for name, row in table["engine"].items()
@@ -48,4 +57,4 @@ def target(name: str) -> Target:
 
 def neutral() -> Target:
     """No target: the neutral quantized state, which every format can be written from; nothing runs it as it is."""
-    return Target("state", "state", "", "", (), "the neutral quantized state")
+    return Target("state", "state", "", "", (), ("*",), "the neutral quantized state")

@@ -14,7 +14,7 @@ from anyquant.core.errors import AnyQuantError
 from anyquant.core.progress import Progress
 from anyquant.pipeline.blocks import Block, blocks, read_block
 from anyquant.pipeline.executors.threads import run_all
-from anyquant.pipeline.planner import Job
+from anyquant.pipeline.planner import Job, writable
 from anyquant.pipeline.run import Importance, Written, squared_error
 
 HASH_BYTES = 1 << 22
@@ -53,7 +53,7 @@ class _Reader:
 def _check_structure(job: Job, folder: Path) -> None:
     """The format's own bounded reader must find every planned part, no other, where the plan put it."""
     planned = {name: part for name, (_, part) in job.layout.locate().items()}
-    found = job.format.parts(folder)
+    found = writable(job).parts(folder)
     if set(planned) != set(found):
         odd = sorted(set(planned) ^ set(found))
         raise AnyQuantError(f"verify: planned and written tensors differ: {', '.join(odd[:5])}")
@@ -103,6 +103,7 @@ def verify(
     Names, types, shapes and offsets through the format's reader; sha256 of every chunk; every tensor unpacked and
     decoded from the bytes on disk and compared with the source weights. Raises AnyQuantError at the first difference.
     """
+    target = writable(job)
     _check_structure(job, folder)
     reader = _Reader(job, folder)
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
@@ -111,7 +112,7 @@ def verify(
         name = block.linear.name
         places = job.format.slices(block.unit, job.architecture, name, block.first, block.rows)
         raw = {part: reader.read(part, offset, nbytes) for part, offset, nbytes in places}
-        rows = job.format.unpack(block.unit, job.architecture, name, block.first, block.rows, raw)
+        rows = target.unpack(block.unit, job.architecture, name, block.first, block.rows, raw)
         return squared_error(read_block(job, block), rows.decode(), rows.grid, statistics.importance(block.linear))
 
     def done(block: Block, error: tuple[float, float]) -> None:

@@ -95,6 +95,24 @@ def entry_tensors(
     return tensors
 
 
+def entry_header(grid: Grid, shape: tuple[int, int]) -> tuple[bytes, list[tuple[str, str, tuple[int, ...]]], list[int]]:
+    """What planning needs of an entry before its key is known: header bytes (of final length), tensors, offsets."""
+    tensors = entry_tensors(grid, shape)
+    header, offsets = write_safetensors_header(tensors, _facts(_NO_HASH, grid, shape, _NO_HASH))
+    return header, tensors, offsets
+
+
+def _facts(key: str, grid: Grid, shape: tuple[int, int], digest: str) -> dict[str, str]:
+    return {
+        "format": _FORMAT,
+        "schema": str(SCHEMA),
+        "key": key,
+        "grid": grid.name,
+        "shape": f"{shape[0]},{shape[1]}",
+        "sha256": digest,
+    }
+
+
 def _stored_name(dtype: str) -> str:
     return NUMPY_NAMES[np.dtype(dtype).str.lstrip("<|")]
 
@@ -213,15 +231,7 @@ class EntryWriter:
         return self._descriptor
 
     def _metadata(self, digest: str) -> dict[str, str]:
-        rows, columns = self.shape
-        return {
-            "format": _FORMAT,
-            "schema": str(SCHEMA),
-            "key": self.key,
-            "grid": self.grid.name,
-            "shape": f"{rows},{columns}",
-            "sha256": digest,
-        }
+        return _facts(self.key, self.grid, self.shape, digest)
 
 
 class EntryReader:

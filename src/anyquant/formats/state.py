@@ -1,0 +1,107 @@
+"""The neutral quantized state as a target of planning: its exact bytes, and where each Linear lies.
+
+The files themselves are written by `store.state`, whose entries are named by content, which is known only when the
+statistics are: in a layout they carry the name of their Linear instead.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from anyquant.core.checkpoint import Checkpoint
+from anyquant.core.dtypes import DTYPES
+from anyquant.core.errors import UsageError
+from anyquant.core.linear import Linear
+from anyquant.core.plan import Layout, Part, Plan, TargetFile, Unit
+from anyquant.grids import grid as find_grid
+from anyquant.models.architecture import Architecture
+from anyquant.store.safetensors_layout import write_safetensors_header
+from anyquant.store.state_entry import entry_header
+
+CARRIED = "carried.safetensors"
+COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class StateRules:
+    name: str = "state"
+    default_carried: str = ""
+    entry: str = ""
+
+    def part_names(self, architecture: Architecture) -> Mapping[str, str]:
+        return {linear.name: f"{linear.name}/codes" for linear in architecture.linears}
+
+    def preset(self, preset: str, architecture: Architecture, importance: bool) -> Mapping[str, tuple[str, str]]:
+        """Raises UsageError: mixtures belong to a target."""
+        raise UsageError(f"--preset {preset} is a mixture of a target; name it with --for, or give --grid")
+
+    def default_grid(self, linear: Linear, architecture: Architecture, grid: str, source: str) -> tuple[str, str]:
+        return source, "outside the blocks: kept as stored"
+
+    def fallback(self, grid: str, linear: Linear) -> str | None:
+        return None
+
+    def ties(self, architecture: Architecture) -> Mapping[str, str]:
+        return {}
+
+    def refuses(self, architecture: Architecture, plan: Plan, checkpoint: Checkpoint) -> list[str]:
+        """The state holds whatever a grid holds."""
+        return []
+
+    def layout(self, architecture: Architecture, plan: Plan, checkpoint: Checkpoint) -> Layout:
+        """One file per Linear, one for what is carried in float, and the small files of the source."""
+        files, units = [], []
+        for linear in architecture.linears:
+            grid = find_grid(plan.decisions[linear.name].grid)
+            header, tensors, offsets = entry_header(grid, linear.shape)
+            parts = tuple(
+                Part(f"{linear.name}/{name}", dtype, shape, offset, _nbytes(dtype, shape))
+                for (name, dtype, shape), offset in zip(tensors, offsets, strict=True)
+            )
+            size = len(header) + sum(part.nbytes for part in parts)
+            files.append(TargetFile(f"entries/{linear.name}", header, parts, size))
+            units.append(Unit(linear.name, (linear.name,), (), grid.name, tuple(part.name for part in parts)))
+        carried = [
+            (item.name, carried_dtype(plan, checkpoint, item.name, item.tensor), (item.length,))
+            for item in architecture.carried
+        ]
+        if carried:
+            header, offsets = write_safetensors_header(carried)
+            parts = tuple(
+                Part(name, dtype, shape, offset, _nbytes(dtype, shape))
+                for (name, dtype, shape), offset in zip(carried, offsets, strict=True)
+            )
+            files.append(TargetFile(CARRIED, header, parts, len(header) + sum(part.nbytes for part in parts)))
+            units += [Unit(name, (), (name,), "", (name,)) for name, _, _ in carried]
+        for name in COMPANIONS:
+            content = checkpoint.text_file(name)
+            if content is not None:
+                files.append(TargetFile(name, content, (), len(content)))
+        return Layout(tuple(files), tuple(units))
+
+    def slices(
+        self, unit: Unit, architecture: Architecture, linear: str, first_row: int, rows: int
+    ) -> list[tuple[str, int, int]]:
+        """Rows of the codes and of every parameter that has rows."""
+        shape = architecture.by_name[linear].shape
+        _, tensors, _ = entry_header(find_grid(unit.grid), shape)
+        found = []
+        for name, dtype, stored in tensors:
+            row = _nbytes(dtype, stored[1:])
+            whole = stored[0] == 1 and shape[0] != 1  # tensor-wide
+            place = (0, row) if whole else (first_row * row, rows * row)
+            if not whole or first_row == 0:
+                found.append((f"{linear}/{name}", *place))
+        return found
+
+
+def carried_dtype(plan: Plan, checkpoint: Checkpoint, name: str, tensor: str) -> str:
+    """The dtype in which a carried tensor is stored: the source's unless the plan names one."""
+    return plan.carried[name] or checkpoint.spec(tensor).dtype
+
+
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return DTYPES[dtype].size * math.prod(shape)
+
+
+RULES = StateRules()

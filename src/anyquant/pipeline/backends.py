@@ -1,0 +1,146 @@
+"""How a job is written, verified, measured and proved: through a format and its runtime, or as the neutral state."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from anyquant.calibrate.stats import Statistics
+from anyquant.calibrate.text import Document
+from anyquant.core.checkpoint import Checkpoint
+from anyquant.core.errors import AnyQuantError
+from anyquant.core.progress import Progress
+from anyquant.evaluate.measures import Comparison, Measures
+from anyquant.evaluate.speed import measure_speed
+from anyquant.formats.base import Format
+from anyquant.pipeline.measure import ReferenceLogits, check_conversion, compare
+from anyquant.pipeline.planner import Job, writable
+from anyquant.pipeline.report import Conversion
+from anyquant.pipeline.run import Importance, Written, execute
+from anyquant.pipeline.state import decoded, verify_state, write_state
+from anyquant.pipeline.targets import Target
+from anyquant.pipeline.verify import Verified, verify
+from anyquant.runtimes import RUNTIMES
+from anyquant.runtimes.base import Session
+from anyquant.runtimes.transformers import DecodedCheckpoint, TransformersRuntime
+from anyquant.store.publish import Stage
+
+# kernels that round activations (llama.cpp's, for quantized and bfloat16 weights) differ by up to 1.5e-2 nats from
+# exact arithmetic on very peaked models; a lost permutation, bias or norm costs whole nats
+EXACT_LIMIT = 1e-4
+ROUNDED_LIMIT = 5e-2
+SPEED_PROMPT = 128
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What the runtime showed: conversion error and speed in tokens per second."""
+
+    conversion: Conversion | None
+    speed: dict[str, float]
+
+
+class Backend(Protocol):
+    """One way of bringing a job to disk and judging it."""
+
+    def write(self, job: Job, statistics: Importance, stage: Stage) -> None:
+        """Fill the stage with the artifact of the job, in the place of an earlier one."""
+        ...
+
+    def verify(self, job: Job, statistics: Importance, stage: Stage) -> Verified:
+        """Read the artifact back and compare it with plan and source. Raises AnyQuantError."""
+        ...
+
+    def measure(self, job: Job, stage: Stage, reference: ReferenceLogits, label: str) -> Measures:
+        """The artifact's distributions against the reference's."""
+        ...
+
+    def prove(self, job: Job, stage: Stage, documents: Sequence[Document], encode: Callable[[str], list[int]]) -> Proof:
+        """That the runtime computes what the artifact's bytes say. Raises AnyQuantError when it does not."""
+        ...
+
+
+class RuntimeBackend:
+    """A format, written and verified block by block, and the real runtime that opens it."""
+
+    def __init__(self, target: Target, threads: int, progress: Progress, clock: Callable[[], float]) -> None:
+        self.target = target
+        self.runtime = RUNTIMES.get(target.runtime)
+        self.threads, self.progress, self.clock = threads, progress, clock
+        self._written: Written | None = None
+
+    def write(self, job: Job, statistics: Importance, stage: Stage) -> None:
+        for file in job.layout.files:
+            stage.discard(file.path)
+        self._written = execute(job, statistics, stage, self.threads, self.progress)
+
+    def verify(self, job: Job, statistics: Importance, stage: Stage) -> Verified:
+        if self._written is None:
+            raise AnyQuantError("verify: nothing was written")
+        return verify(job, stage.folder, self._written, statistics, self.threads, self.progress)
+
+    def measure(self, job: Job, stage: Stage, reference: ReferenceLogits, label: str) -> Measures:
+        with self._session(job, stage, reference.documents) as session:
+            return compare(session, reference, self.progress, label)
+
+    def prove(self, job: Job, stage: Stage, documents: Sequence[Document], encode: Callable[[str], list[int]]) -> Proof:
+        target: Format = writable(job)
+        source: Checkpoint = job.checkpoint
+        exact = all(self.target.exact(decision.grid) for decision in job.plan.decisions.values())
+        with self._session(job, stage, documents) as session:
+            conversion = check_conversion(
+                session, target.open(stage.folder, job.architecture), job.architecture, source, documents, encode
+            )
+            speed = measure_speed(session, documents[0].tokens[:SPEED_PROMPT], 16, 3, self.clock)
+        limit = EXACT_LIMIT if exact else ROUNDED_LIMIT
+        if not conversion.tokens_equal:
+            raise AnyQuantError(f"{self.runtime.name} and the source's tokenizer give different token ids")
+        if not conversion.mean_kl <= limit:
+            raise AnyQuantError(
+                f"conversion error: {self.runtime.name} differs from the decoded bytes of the artifact by mean KL "
+                f"{conversion.mean_kl:.2e}, the limit is {limit:g}; nothing was published"
+            )
+        rates = {"prompt": speed.prompt_per_second, "generation": speed.generated_per_second}
+        return Proof(conversion.with_limit(limit), {name: round(rate, 1) for name, rate in rates.items()})
+
+    def _session(self, job: Job, stage: Stage, documents: Sequence[Document]) -> Session:
+        longest = max(len(document.tokens) for document in documents)
+        return self.runtime.load(stage.folder / job.format.entry, longest, self.threads)
+
+
+class StateBackend:
+    """The neutral state. Nothing runs it as it is: `transformers` runs the weights decoded from it."""
+
+    def __init__(self, threads: int, progress: Progress) -> None:
+        self.threads, self.progress = threads, progress
+
+    def write(self, job: Job, statistics: Importance, stage: Stage) -> None:
+        steer = statistics.digest() if isinstance(statistics, Statistics) else ""
+        write_state(job, statistics, steer, stage, self.threads, self.progress)
+
+    def verify(self, job: Job, statistics: Importance, stage: Stage) -> Verified:
+        return Verified(verify_state(job, stage.folder, statistics, self.threads, self.progress), {})
+
+    def measure(self, job: Job, stage: Stage, reference: ReferenceLogits, label: str) -> Measures:
+        comparison = Comparison()
+        ids = [document.tokens for document in reference.documents]
+        for index, logits in enumerate(self._runtime(job, stage.folder).logits(ids, self.progress)):
+            document = reference.documents[index]
+            comparison.add(document.name, reference.read(index), logits, document.tokens)
+        return comparison.measures()
+
+    def prove(self, job: Job, stage: Stage, documents: Sequence[Document], encode: Callable[[str], list[int]]) -> Proof:
+        """No runtime but the reference reads the state: there is no conversion to prove."""
+        return Proof(None, {})
+
+    @staticmethod
+    def _runtime(job: Job, folder: Path) -> TransformersRuntime:
+        weights = DecodedCheckpoint(job.checkpoint, job.architecture, lambda linear: decoded(folder, linear))
+        return TransformersRuntime(weights, job.architecture)
+
+
+def backend_for(target: Target, threads: int, progress: Progress, clock: Callable[[], float]) -> Backend:
+    """The neutral state when the target has no runtime, else the format and runtime of the target."""
+    if not target.runtime:
+        return StateBackend(threads, progress)
+    return RuntimeBackend(target, threads, progress, clock)

@@ -1,0 +1,136 @@
+"""The neutral quantized state: written entry by entry, read back, decoded, judged by running the decoded weights."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+
+from anyquant.core.checkpoint import read_tensor
+from anyquant.core.dtypes import Bytes, Float32, from_float32
+from anyquant.core.errors import AnyQuantError
+from anyquant.core.linear import Linear
+from anyquant.core.progress import Progress
+from anyquant.formats.state import CARRIED, carried_dtype
+from anyquant.grids import grid as find_grid
+from anyquant.pipeline.blocks import BLOCK_WEIGHTS, Block, blocks, check_finite, read_block
+from anyquant.pipeline.executors.threads import run_all
+from anyquant.pipeline.planner import Job
+from anyquant.pipeline.run import Importance, Sink, quantize_block, squared_error
+from anyquant.store.publish import Stage
+from anyquant.store.state import EntryWriter, StateReader, StateWriter, entry_key
+
+CODE_VERSION = "1"  # changes whenever the same input may give other codes
+
+
+def source_hash(job: Job, linear: Linear) -> str:
+    """sha256 of a Linear's float32 values, in row blocks."""
+    digest = sha256()
+    step = max(BLOCK_WEIGHTS // linear.view.columns, 1) if not linear.view.transposed else linear.view.rows
+    unit = next(unit for unit in job.layout.units if linear.name in unit.linears)
+    for first in range(0, linear.view.rows, step):
+        rows = read_block(job, Block(unit, linear, first, min(step, linear.view.rows - first)))
+        digest.update(rows.data)
+    return digest.hexdigest()
+
+
+def write_state(
+    job: Job, statistics: Importance, steer: str, stage: Stage, threads: int, progress: Progress
+) -> Mapping[str, str]:
+    """Fill `stage` with the entries of the job, what is carried, and plan.json. Returns Linear name to key.
+
+    `steer` is the digest of the statistics. One entry is open per Linear at work, written by blocks of rows.
+    """
+    keys = {}
+    progress.start("quantize", job.weights, "w")
+    with StateWriter(stage.folder) as state:
+        by_linear: dict[str, list[Block]] = {}
+        for block in blocks(job):
+            by_linear.setdefault(block.linear.name, []).append(block)
+        for name, pieces in by_linear.items():
+            linear, decision = job.architecture.by_name[name], job.plan.decisions[name]
+            steering = {"grid": decision.grid, "algorithm": decision.algorithm, "options": dict(decision.options)}
+            keys[name] = entry_key(source_hash(job, linear), steering, steer, CODE_VERSION)
+            if not state.has(keys[name], find_grid):
+                with state.begin(keys[name], find_grid(decision.grid), linear.shape) as entry:
+                    _fill(job, entry, pieces, statistics, threads)
+            progress.advance(linear.view.rows * linear.view.columns)
+        _write_carried(job, stage)
+        state.write_plan(_plain_plan(job), keys)
+    (stage.folder / ".lock").unlink(missing_ok=True)
+    progress.finish()
+    return keys
+
+
+def _fill(job: Job, entry: EntryWriter, pieces: list[Block], statistics: Importance, threads: int) -> None:
+    def work(block: Block) -> None:
+        entry.write(block.first, quantize_block(job, block, statistics)[0])
+
+    run_all(work, pieces, threads, lambda block, nothing: None)
+
+
+def _write_carried(job: Job, sink: Sink) -> None:
+    for file in job.layout.files:
+        if file.path == CARRIED:
+            descriptor = sink.create_sized(file.path, file.nbytes)
+            sink.write_at(descriptor, 0, file.prefix)
+            for part in file.parts:
+                sink.write_at(descriptor, part.offset, _carried_bytes(job, part.name))
+            sink.finish(descriptor)
+        elif not file.parts:
+            descriptor = sink.create_sized(file.path, file.nbytes)
+            sink.write_at(descriptor, 0, file.prefix)
+            sink.finish(descriptor)
+
+
+def _carried_bytes(job: Job, name: str) -> Bytes:
+    carried = job.architecture.carried_by_name[name]
+    values = read_tensor(job.checkpoint, carried.tensor).reshape(-1)[carried.start : carried.start + carried.length]
+    check_finite(values, f"tensor {carried.tensor} ({name})")
+    return from_float32(values, carried_dtype(job.plan, job.checkpoint, name, carried.tensor))
+
+
+def _plain_plan(job: Job) -> dict[str, object]:
+    """The plan as JSON: what a format needs to be written from the state, and the recipe it came from."""
+    decisions = {name: asdict(decision) for name, decision in job.plan.decisions.items()}
+    plain: dict[str, object] = json.loads(
+        json.dumps({"family": job.plan.family, "decisions": decisions, "recipe": job.recipe.as_dict()})
+    )
+    return plain
+
+
+def verify_state(
+    job: Job, folder: Path, statistics: Importance, threads: int, progress: Progress
+) -> Mapping[str, float]:
+    """Read every entry back, check its hash, decode it and compare with the source: relative error by Linear.
+
+    Raises AnyQuantError when an entry is not what the plan says.
+    """
+    reader = StateReader(folder, find_grid)
+    sums: dict[str, list[float]] = {name: [0.0, 0.0] for name in reader.names()}
+    if set(sums) != set(job.plan.decisions):
+        raise AnyQuantError(f"verify: {folder}: the state does not hold the planned Linears")
+    entries = {name: reader.entry(name) for name in sums}
+    for name, entry in entries.items():
+        entry.verify()
+        if entry.grid.name != job.plan.decisions[name].grid or entry.shape != job.architecture.by_name[name].shape:
+            raise AnyQuantError(f"verify: {name} is {entry.grid.name} {entry.shape}, not what was planned")
+
+    def work(block: Block) -> tuple[float, float]:
+        rows = entries[block.linear.name].rows(block.first, block.first + block.rows)
+        return squared_error(read_block(job, block), rows.decode(), rows.grid, statistics.importance(block.linear))
+
+    def done(block: Block, error: tuple[float, float]) -> None:
+        sums[block.linear.name][0] += error[0]
+        sums[block.linear.name][1] += error[1]
+        progress.advance(block.weights)
+
+    progress.start("verify", job.weights, "w")
+    run_all(work, blocks(job), threads, done)
+    progress.finish()
+    return {name: noise / energy if energy else 0.0 for name, (noise, energy) in sums.items()}
+
+
+def decoded(folder: Path, linear: str) -> Float32:
+    """The weights of one Linear of a state."""
+    return StateReader(folder, find_grid).entry(linear).load().decode()
