@@ -3,6 +3,7 @@
 import fnmatch
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -44,7 +45,7 @@ class Rule:
     def describe(self) -> str:
         """The conditions, for messages and reasons."""
         given = {"role": self.role, "pattern": self.pattern, "blocks": self.blocks}
-        return "rule " + ", ".join(f"{key}={value}" for key, value in given.items() if value) or "rule"
+        return "rule " + (", ".join(f"{key}={value}" for key, value in given.items() if value) or "for everything")
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,24 @@ def _typed(table: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
     return value
 
 
+def _options(table: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    options: Mapping[str, Any] = _typed(table, "options", dict, where) or {}
+    for key, value in options.items():
+        # they are hashed and reported as JSON, which has neither dates nor infinities
+        if not isinstance(value, str | int | float) or (isinstance(value, float) and not math.isfinite(value)):
+            raise UsageError(f"{where}: option {key} is {value!r}, expected a text, a finite number, true or false")
+    return options
+
+
+def _range(table: Mapping[str, Any], where: str) -> tuple[int, int] | None:
+    blocks = _typed(table, "blocks", list, where)
+    if blocks is None:
+        return None
+    if len(blocks) != 2 or not all(type(block) is int for block in blocks) or not 0 <= blocks[0] <= blocks[1]:
+        raise UsageError(f"{where}: blocks is {blocks!r}, expected [first, last], counted from 0")
+    return blocks[0], blocks[1]
+
+
 def _rule(table: Any, index: int) -> Rule:
     where = f"rule {index}"
     if not isinstance(table, dict):
@@ -104,19 +123,16 @@ def _rule(table: Any, index: int) -> Rule:
     role = _typed(table, "role", str, where) or ""
     if role and role not in list(Role):
         raise UsageError(f"{where}: unknown role {role!r}; {suggest(role, [str(r) for r in Role])}")
-    blocks = _typed(table, "blocks", list, where)
-    if blocks is not None and (len(blocks) != 2 or not all(isinstance(b, int) for b in blocks)):
-        raise UsageError(f"{where}: blocks is {blocks!r}, expected [first, last]")
     grid, algorithm = _typed(table, "grid", str, where), _typed(table, "algorithm", str, where)
     if grid is None and algorithm is None:
         raise UsageError(f"{where}: names neither a grid nor an algorithm")
     return Rule(
         role=role,
         pattern=_typed(table, "pattern", str, where) or "",
-        blocks=None if blocks is None else (blocks[0], blocks[1]),
+        blocks=_range(table, where),
         grid=grid,
         algorithm=algorithm,
-        options=_typed(table, "options", dict, where) or {},
+        options=_options(table, where),
     )
 
 
@@ -144,14 +160,14 @@ def parse_recipe(table: Mapping[str, Any]) -> Recipe:
         {"version", "preset", "grid", "algorithm", "options", "embedding", "head", "rule", "calibration"},
         "recipe",
     )
-    if table.get("version") != SCHEMA:
+    if type(table.get("version")) is not int or table["version"] != SCHEMA:
         raise UsageError(f"recipe: version is {table.get('version')!r}, this AnyQuant reads version {SCHEMA}")
     rules = _typed(table, "rule", list, "recipe") or []
     recipe = Recipe(
         preset=_typed(table, "preset", str, "recipe"),
         grid=_typed(table, "grid", str, "recipe"),
         algorithm=_typed(table, "algorithm", str, "recipe") or "rtn",
-        options=_typed(table, "options", dict, "recipe") or {},
+        options=_options(table, "recipe"),
         embedding=_typed(table, "embedding", str, "recipe"),
         head=_typed(table, "head", str, "recipe"),
         rules=tuple(_rule(rule, index) for index, rule in enumerate(rules)),
