@@ -51,7 +51,7 @@ class GGUFHeader:
 
 def read_gguf_header(file: SourceFile) -> GGUFHeader:
     """Read and check everything in front of the data. Raises BadInputError, UnsupportedError."""
-    size = min(_FIRST_READ, file.size)
+    size = min(_FIRST_READ, file.size, limits.GGUF_METADATA_BYTES)
     while True:
         try:
             return _parse(Cursor(file.read(0, size, "the header"), file.size, str(file.path)), file.size)

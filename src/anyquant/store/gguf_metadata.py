@@ -191,4 +191,7 @@ class Cursor:
         marked = np.array(marks, dtype=np.int64)
         if count and int(np.diff(marked).max()) - 8 > limits.GGUF_STRING_BYTES:
             raise BadInputError(f"{self.where}: {what} holds a string longer than {limits.GGUF_STRING_BYTES} bytes")
-        return Strings(data, marked, f"{self.where}: {what}")
+        strings = Strings(data, marked, f"{self.where}: {what}")
+        if not data[marks[0] : position].isascii():
+            strings.tolist()  # refuses what is not UTF-8 now rather than at some later access
+        return strings
