@@ -1,7 +1,7 @@
 """Pictures of a report as self-contained SVG: loss against size, and the error of every tensor."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -56,11 +56,10 @@ class _Axes:
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
 
-def _axes(points: Sequence[Point], limit: float | None) -> _Axes:
-    sizes = [point.nbytes for point in points]
-    margin = max(0.08 * (max(sizes) - min(sizes)), 0.02 * max(sizes))
-    values = [v for p in points for v in (p.kl, p.low, p.high) if v > 0] + ([limit] if limit else [])
-    return _Axes(min(sizes) - margin, max(sizes) + margin, min(values) / 1.6, max(values) * 1.6)
+def _axes(points: Sequence[Point], levels: Mapping[str, float], source: int) -> _Axes:
+    largest = max(source, *(point.nbytes for point in points))
+    values = [v for p in points for v in (p.kl, p.low, p.high) if v > 0] + [v for v in levels.values() if v > 0]
+    return _Axes(0, largest * 1.04, min(values) / 1.6, max(values) * 1.6)
 
 
 def _grid(axes: _Axes) -> list[str]:
@@ -80,21 +79,30 @@ def _grid(axes: _Axes) -> list[str]:
     return marks
 
 
-def size_and_loss(points: Sequence[Point], limit: float | None) -> str:
-    """An SVG of mean KL (logarithmic) against bytes; the limit of the contract is a dashed line.
+def size_and_loss(points: Sequence[Point], limit: float | None, levels: Mapping[str, float], source: int) -> str:
+    """An SVG of mean KL (logarithmic) against bytes, from nothing to the `source` bytes of the original.
 
-    Points with a KL of zero or below lie under the lowest value that the axis shows and are drawn on its edge.
+    `levels` are named KL values drawn as thin lines, the `limit` of the contract as a dashed one. Points with a KL of
+    zero or below lie under the lowest value that the axis shows and are drawn on its edge.
     """
     if not any(point.kl > 0 for point in points):
         return ""
-    axes = _axes(points, limit)
+    axes = _axes(points, {**levels, "limit": limit or 0.0}, source)
     marks = _grid(axes)
+    for name, level in levels.items():
+        y = axes.y(level)
+        marks.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        marks.append(f'<text class="level-text" x="{LEFT + 6}" y="{y - 5:.1f}">{escape(name)}</text>')
+    x = axes.x(source)
+    marks.append(f'<line class="level" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+    marks.append(f'<text class="level-text end" x="{x - 6:.1f}" y="{TOP + 12}">original</text>')
     if limit is not None:
         y = axes.y(limit)
         marks.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        marks.append(f'<text class="limit-text" x="{WIDTH - RIGHT - 4}" y="{y - 6:.1f}">limit {limit:g}</text>')
+        marks.append(f'<text class="limit-text" x="{x - 6:.1f}" y="{y - 6:.1f}">limit {limit:g}</text>')
     line = " ".join(f"{axes.x(p.nbytes):.1f},{axes.y(max(p.kl, axes.least)):.1f}" for p in points)
     marks.append(f'<polyline class="curve" points="{line}"/>')
+    delivered = {point.label for point in points if point.chosen}
     for point in points:
         x, y = axes.x(point.nbytes), axes.y(max(point.kl, axes.least))
         upper, lower = axes.y(max(point.high, axes.least)), axes.y(max(point.low, axes.least))
@@ -103,7 +111,8 @@ def size_and_loss(points: Sequence[Point], limit: float | None) -> str:
         marks.append(f'<line class="bar {kind}" x1="{x:.1f}" x2="{x:.1f}" y1="{upper:.1f}" y2="{lower:.1f}"/>')
         marks.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{7 if point.chosen else 4.5}">')
         marks.append(f"<title>{escape(title)}</title></circle>")
-        marks.append(f'<text class="label {kind}" x="{x + 9:.1f}" y="{y - 8:.1f}">{escape(point.label)}</text>')
+        if point.chosen or point.label not in delivered:
+            marks.append(f'<text class="label {kind}" x="{x + 9:.1f}" y="{y - 8:.1f}">{escape(point.label)}</text>')
     marks.append(f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 10}">size of the artifact</text>')
     marks.append(
         f'<text class="axis" transform="translate(16 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)">mean KL, nats</text>'
@@ -137,4 +146,5 @@ def error_map(cells: Sequence[tuple[int, str, float, str]]) -> str:
         marks.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 16}">{blocks[index]}</text>')
     marks.append(f'<text class="axis" x="{100 + len(blocks) * width / 2:.1f}" y="{bottom + 36}">block</text>')
     total = 104 + len(blocks) * width
-    return f'<svg viewBox="0 0 {total:.0f} {bottom + 44}" role="img" aria-label="error map">{"".join(marks)}</svg>'
+    size = f'viewBox="0 0 {total:.0f} {bottom + 44}" style="max-width: {total:.0f}px"'
+    return f'<svg {size} role="img" aria-label="error map">{"".join(marks)}</svg>'

@@ -9,6 +9,7 @@ from typing import Any
 
 from anyquant.core.extras import require
 from anyquant.core.ledger import Ledger
+from anyquant.evaluate.verdict import QUALITIES
 from anyquant.pipeline.picture import Point, error_map, human_bytes, size_and_loss
 
 SCHEMA = 1
@@ -107,7 +108,8 @@ class Report:
             for line in self.ledger.lines
             if line.error is not None and line.name.startswith("blocks.") and ".experts." not in line.name
         ]
-        return {"size": size_and_loss(self.points, self.limit), "errors": error_map(cells)}
+        picture = size_and_loss(self.points, self.limit, QUALITIES, self.source_bytes)
+        return {"size": picture, "errors": error_map(cells)}
 
 
 @cache
