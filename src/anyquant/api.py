@@ -14,9 +14,9 @@ from anyquant.evaluate.verdict import Contract, contract_for
 from anyquant.formats import rules
 from anyquant.models.detect import detect
 from anyquant.pipeline import artifacts
-from anyquant.pipeline.cost import Cost, estimate
+from anyquant.pipeline.cost import Planned, estimate
 from anyquant.pipeline.make import Maker, Request
-from anyquant.pipeline.planner import Job, make_job
+from anyquant.pipeline.planner import draft_job
 from anyquant.pipeline.recipe import Calibration, Recipe, load_recipe
 from anyquant.pipeline.report import Report
 from anyquant.pipeline.targets import Target, neutral
@@ -65,6 +65,12 @@ def _target(name: str | None, recipe: Recipe) -> Target:
     return neutral() if name is None else find_target(name)
 
 
+def _default(goal: Target, recipe: Recipe) -> Recipe:
+    if not goal.default_preset:
+        raise UsageError("say what to do: --grid, or a target with --for")
+    return replace(recipe, preset=goal.default_preset)
+
+
 def make(
     model: str | Path,
     *,
@@ -98,9 +104,7 @@ def make(
     if climb and not goal.ladder:
         raise UsageError("a quality needs a target to be measured in; name one with --for")
     if not climb and not _says_what(wish):
-        if not goal.default_preset:
-            raise UsageError("say what to do: --grid, or a target with --for")
-        wish = replace(wish, preset=goal.default_preset)
+        wish = _default(goal, wish)
     path = model_path(model)
     request = Request(
         location=str(model),
@@ -125,20 +129,22 @@ def plan(
     recipe: Recipe | str | Path | None = None,
     data_free: bool = False,
     threads: int | None = None,
-) -> tuple[Job, Cost]:
+) -> Planned:
     """Decide everything and write nothing: the job with every tensor, its grid and exact bytes, and what it costs.
 
-    Raises as `make` does: whatever `make` would refuse before it starts is refused here.
+    What the target cannot hold is said in `refusal`, beside a complete plan. Raises as `make` does for all else that
+    it would refuse before it starts.
     """
     wish = _recipe(recipe, preset, grid, data_free, None)
     goal = _target(target, wish)
     if not _says_what(wish):
-        wish = replace(wish, preset=goal.default_preset)
+        wish = _default(goal, wish)
     checkpoint = open_checkpoint(model_path(model))
     architecture = detect(checkpoint)
-    job = make_job(architecture, checkpoint, rules(goal.format), wish, not data_free)
-    tokens = 0 if data_free else wish.calibration.tokens
-    return job, estimate(job, threads or cores(), tokens)
+    importance = not wish.calibration.data_free
+    job, refusal = draft_job(architecture, checkpoint, rules(goal.format), wish, importance)
+    tokens = wish.calibration.tokens if importance else 0
+    return Planned(job, estimate(job, threads or cores(), tokens), refusal)
 
 
 def inspect(path: str | Path) -> artifacts.Contents:

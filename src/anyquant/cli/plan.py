@@ -8,6 +8,7 @@ import click
 
 from anyquant.cli.options import recipe_of, what_to_do, which_text
 from anyquant.cli.tables import print_plan
+from anyquant.core.errors import UnsupportedError
 
 
 @click.command("plan", short_help="Dry run: grids, exact bytes, memory, time.")
@@ -18,24 +19,20 @@ from anyquant.cli.tables import print_plan
 def command(model: str, as_json: bool, **flags: Any) -> None:
     """Decide everything for MODEL and write nothing.
 
-    Bytes are exact, memory and time are estimates. What make would refuse at its start is refused here.
+    Bytes are exact, memory and time are estimates. What make would refuse at its start is refused here, with its exit
+    code; a plan that is sound but has no place in the target yet is printed first, with the bytes of the neutral state.
     """
     from anyquant import api
     from anyquant.pipeline.accounts import make_ledger
 
-    job, cost = api.plan(
-        model,
-        target=flags["target"],
-        recipe=recipe_of(flags),
-        data_free=flags["data_free"],
-        threads=flags["threads"],
-    )
+    planned = api.plan(model, target=flags["target"], recipe=recipe_of(flags), threads=flags["threads"])
+    job, cost = planned.job, planned.cost
     ledger = make_ledger(job)
     if as_json:
-        click.echo(
-            json.dumps(
-                {"label": job.plan.label, "bytes": job.layout.nbytes, **asdict(cost), **asdict(ledger)}, indent=1
-            )
-        )
+        plain = {"label": job.plan.label, "format": job.format.name, "bytes": job.layout.nbytes}
+        plain |= {"refusal": planned.refusal, **asdict(cost), **asdict(ledger)}
+        click.echo(json.dumps(plain, indent=1, ensure_ascii=False))
     else:
         print_plan(job, cost, ledger)
+    if planned.refusal:
+        raise UnsupportedError(planned.refusal)

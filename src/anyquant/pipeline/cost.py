@@ -24,6 +24,15 @@ class Cost:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A job before it starts. `refusal` is why the target cannot hold it, or ""; then its layout is the neutral one."""
+
+    job: Job
+    cost: Cost
+    refusal: str
+
+
 def estimate(job: Job, threads: int, calibration_tokens: int) -> Cost:
     """The cost of a job on `threads` cores; `calibration_tokens` is 0 for a data-free run."""
     seconds = 0.0

@@ -8,6 +8,7 @@ from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.errors import AnyQuantError, UnsupportedError, UsageError
 from anyquant.core.linear import Linear, Role
 from anyquant.core.plan import Decision, Layout, Plan
+from anyquant.formats import STATE, rules
 from anyquant.formats.base import Format, Rules
 from anyquant.grids import grid as find_grid
 from anyquant.models.architecture import Architecture
@@ -117,10 +118,10 @@ def _check_ties(decisions: Mapping[str, Decision], ties: Mapping[str, str]) -> d
 def make_plan(
     architecture: Architecture, checkpoint: Checkpoint, target: Rules, recipe: Recipe, importance: bool
 ) -> Plan:
-    """Decide every Linear and every carried tensor.
+    """Decide every Linear and every carried tensor, by the rules of the target.
 
-    Raises UsageError for rules that match nothing or contradict each other, UnsupportedError when the format cannot
-    hold the plan (all reasons in one message).
+    Raises UsageError for rules that match nothing or contradict each other, UnsupportedError for a matrix that has no
+    place on its grid.
     """
     base = _base(architecture, checkpoint, target, recipe, importance)
     _override(base, architecture, Role.EMBEDDING, recipe.embedding)
@@ -134,25 +135,38 @@ def make_plan(
     for name, decision in decisions.items():
         ALGORITHMS.get(decision.algorithm)
         decisions[name] = _fit(decision, by_name[name], target)
-    plan = Plan(
+    return Plan(
         family=architecture.family,
         decisions=_check_ties(decisions, target.ties(architecture)),
         carried={carried.name: target.default_carried for carried in architecture.carried},
         label=recipe.preset or recipe.grid or "recipe",
         importance=importance,
     )
+
+
+def draft_job(
+    architecture: Architecture, checkpoint: Checkpoint, target: Rules, recipe: Recipe, importance: bool
+) -> tuple[Job, str]:
+    """The plan with its layout, and why the target cannot hold it: all reasons in one line, "" when it can.
+
+    When it cannot, the layout is that of the neutral state, which holds whatever a grid holds: the ledger of a model
+    that cannot be written yet is complete all the same. Raises as `make_plan`.
+    """
+    plan = make_plan(architecture, checkpoint, target, recipe, importance)
     reasons = target.refuses(architecture, plan, checkpoint)
-    if reasons:
-        raise UnsupportedError(f"{target.name} cannot hold this plan: " + "; ".join(reasons))
-    return plan
+    refusal = f"{target.name} cannot hold this plan: {'; '.join(reasons)}" if reasons else ""
+    form = rules(STATE) if reasons else target
+    return Job(checkpoint, architecture, form, recipe, plan, form.layout(architecture, plan, checkpoint)), refusal
 
 
 def make_job(
     architecture: Architecture, checkpoint: Checkpoint, target: Rules, recipe: Recipe, importance: bool
 ) -> Job:
-    """Plan and layout together."""
-    plan = make_plan(architecture, checkpoint, target, recipe, importance)
-    return Job(checkpoint, architecture, target, recipe, plan, target.layout(architecture, plan, checkpoint))
+    """A job that can be done. Raises UnsupportedError when the target cannot hold its plan, and as `make_plan`."""
+    job, refusal = draft_job(architecture, checkpoint, target, recipe, importance)
+    if refusal:
+        raise UnsupportedError(refusal)
+    return job
 
 
 def writable(job: Job) -> Format:
