@@ -1,0 +1,1 @@
+"""compressed-tensors: the Hugging Face folder that transformers, vLLM and SGLang load."""
