@@ -38,14 +38,8 @@ class IntegerGrid(Grid):
         self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None
     ) -> tuple[Params, Codes]:
         """The best scales that the search finds, never worse than max |w| / highest level, and the nearest codes."""
-        from anyquant.grids.kernels import symmetric
-
         params = self.fit(weights, importance, shared)
-        flat = np.ascontiguousarray(weights, dtype=np.float32).reshape(-1)
-        codes = np.empty(weights.shape, dtype=np.int8)
-        low, high = np.float32(self.levels.low), np.float32(self.levels.high)
-        symmetric.encode(flat, params["scale"].reshape(-1), low, high, np.float32(0), codes.reshape(-1))
-        return params, codes
+        return params, self.encode(weights, params)
 
     def fit(self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None) -> Params:
         """The scales."""
@@ -56,12 +50,24 @@ class IntegerGrid(Grid):
         return np.linspace(*LADDERS[self.code_bits], CANDIDATES, dtype=np.float32)
 
     def encode(self, weights: Float32, params: Params, columns: slice | None = None) -> Codes:
-        """Nearest levels, rint(w / scale) in float32; 0 where the scale is 0."""
+        """Nearest levels, rint(w / scale) in float32, 0 where the scale is 0; whole rows are compiled code."""
+        if columns is None:
+            return self._encode_rows(weights, params)
         scale = spread_out(params["scale"], self.levels.group, columns)
         inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
         with np.errstate(over="ignore"):
             levels = np.clip(weights * inverse, self.levels.low, self.levels.high)
         return np.rint(levels).astype(np.int8)
+
+    def _encode_rows(self, weights: Float32, params: Params) -> Codes:
+        from anyquant.grids.kernels import symmetric
+
+        flat = np.ascontiguousarray(weights, dtype=np.float32).reshape(-1)
+        scale = np.ascontiguousarray(params["scale"]).reshape(-1)
+        codes = np.empty(weights.shape, dtype=np.int8)
+        low, high = np.float32(self.levels.low), np.float32(self.levels.high)
+        symmetric.encode(flat, scale, low, high, np.float32(0), codes.reshape(-1))
+        return codes
 
     def decode(self, codes: Codes, params: Params, columns: slice | None = None) -> Float32:
         """scale * level in float32: exact."""

@@ -36,19 +36,8 @@ class LegacyGrid(Grid):
 
         `weights` (rows, in) finite; values beyond what float16 d can reach saturate.
         """
-        from anyquant.grids.kernels import affine, symmetric
-
         params = self.fit(weights, importance, shared)
-        flat = np.ascontiguousarray(weights, dtype=np.float32).reshape(-1)
-        codes = np.empty(weights.shape, dtype=self.code_dtype)
-        d = params["d"].astype(np.float32).reshape(-1)
-        high = np.float32(self.levels.high)
-        if self.affine:
-            affine.encode(flat, d, params["m"].astype(np.float32).reshape(-1), high, codes.reshape(-1))
-        else:
-            low, zero = np.float32(self.levels.low), np.float32(self.zero)
-            symmetric.encode(flat, d, low, high, zero, codes.reshape(-1))
-        return params, codes
+        return params, self.encode(weights, params)
 
     def fit(self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None) -> Params:
         """d (rows, in / 32) float16, and m for affine grids."""
@@ -66,13 +55,28 @@ class LegacyGrid(Grid):
         return chosen if self.affine else chosen.reshape(-1)
 
     def encode(self, weights: Float32, params: Params, columns: slice | None = None) -> Codes:
-        """Nearest codes, rint((w - m) / d) in float32."""
+        """Nearest codes, rint((w - m) / d) in float32; whole rows are compiled code."""
+        if columns is None:
+            return self._encode_rows(weights, params)
         d = spread_out(params["d"], BLOCK, columns)
         inverse = np.divide(np.float32(1), d, out=np.zeros_like(d), where=d != 0)
         shifted = weights - spread_out(params["m"], BLOCK, columns) if self.affine else weights
         with np.errstate(over="ignore"):
             levels = np.clip(shifted * inverse, self.levels.low, self.levels.high)
         return (np.rint(levels) + np.float32(self.zero)).astype(self.code_dtype)
+
+    def _encode_rows(self, weights: Float32, params: Params) -> Codes:
+        from anyquant.grids.kernels import affine, symmetric
+
+        flat = np.ascontiguousarray(weights, dtype=np.float32).reshape(-1)
+        codes = np.empty(weights.shape, dtype=self.code_dtype)
+        d = params["d"].astype(np.float32).reshape(-1)
+        low, high, zero = np.float32(self.levels.low), np.float32(self.levels.high), np.float32(self.zero)
+        if self.affine:
+            affine.encode(flat, d, params["m"].astype(np.float32).reshape(-1), high, codes.reshape(-1))
+        else:
+            symmetric.encode(flat, d, low, high, zero, codes.reshape(-1))
+        return codes
 
     def decode(self, codes: Codes, params: Params, columns: slice | None = None) -> Float32:
         """d * (code - zero), or d * code + m, in float32: bit for bit what gguf's reader gives."""

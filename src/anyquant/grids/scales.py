@@ -104,19 +104,18 @@ def _inputs(weights: Float32, importance: Float32 | None, levels: Levels) -> tup
 
 
 def usable_importance(importance: Float32 | None, columns: int, group: int) -> Float32:
-    """Importance (in,) scaled by a power of two to at most 1, and all ones in a group where nothing is important.
+    """Importance (in,) scaled by a power of two to at most 1, with a floor in every group.
 
-    A search must decide something for weights that no calibration text ever used; all equal is the neutral choice.
+    A search must decide something for weights that no calibration text ever used: they count at least 2^-20 of the
+    most important one in their group, and all the same where nothing in the group is important.
     """
-    if importance is None:
+    if importance is None or not importance.any():
         return np.ones(columns, dtype=np.float32)
-    largest = float(importance.max(initial=0.0))
-    if largest == 0:
-        return np.ones(columns, dtype=np.float32)
-    _, exponent = np.frexp(largest)
-    scaled = np.ldexp(importance.astype(np.float64), -int(exponent)).astype(np.float32).reshape(-1, group)
-    scaled[scaled.max(axis=1) == 0] = 1
-    return scaled.reshape(-1)
+    _, exponent = np.frexp(float(importance.max()))
+    scaled = np.ldexp(importance.astype(np.float64), -int(exponent)).reshape(-1, group)
+    largest = scaled.max(axis=1, keepdims=True)
+    floored: Float32 = np.where(largest > 0, np.maximum(scaled, largest * 2.0**-20), 1).astype(np.float32)
+    return floored.reshape(-1)
 
 
 def slow_scales(weights: Float32, importance: Float32 | None, levels: Levels, ladder: Float32) -> Float32:
@@ -172,15 +171,15 @@ def slow_pairs(
         scale = np.divide(mixed, square, out=np.zeros_like(mixed), where=square > 0)
         return scale, mean_x[:, 0] - scale * mean_l[:, 0]
 
+    def error_of(codes: Float64, scale: Float64, minimum: Float64) -> Float64:
+        total: Float64 = np.sum(w * (x - scale[:, None] * codes - minimum[:, None]) ** 2, axis=1)
+        return total
+
     def error(scale: Float64, minimum: Float64) -> Float64:
-        values = scale[:, None] * nearest(scale, minimum) + minimum[:, None]
-        return np.sum(w * (x - values) ** 2, axis=1)
+        return error_of(nearest(scale, minimum), scale, minimum)
 
     def stored(pair: tuple[Float64, Float64]) -> tuple[Float64, Float64]:
         return _to_half(pair[0]), _to_half(pair[1])
-
-    def unrounded(scale: Float64, minimum: Float64, codes: Float64) -> Float64:
-        return np.sum(w * (x - scale[:, None] * codes - minimum[:, None]) ** 2, axis=1)
 
     least = np.full(len(x), np.inf)
     pair = (np.zeros(len(x)), middle)
@@ -188,7 +187,7 @@ def slow_pairs(
         scale = length / steps
         codes = nearest(scale, middle - scale * at_middle)
         found = least_squares(codes)
-        left = unrounded(*found, codes)
+        left = error_of(codes, *found)
         pair = (np.where(left < least, found[0], pair[0]), np.where(left < least, found[1], pair[1]))
         least = np.minimum(left, least)
     first = stored(pair)

@@ -19,7 +19,10 @@ SCRATCH = LANES * 17
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def load(weights: Float32, count: int, u: Float32, s: Float32) -> None:
-    """`count` groups of flat `weights` to lanes of `u`, with their MIDDLE and RANGE; a constant group has u = 0."""
+    """`count` groups of flat `weights` to lanes of `u`, with their MIDDLE and RANGE.
+
+    A constant group has u = 0, whatever its range is taken to be.
+    """
     size = u.shape[0]
     for lane in range(count):
         source = weights[lane * size : (lane + 1) * size]
@@ -35,8 +38,10 @@ def load(weights: Float32, count: int, u: Float32, s: Float32) -> None:
             s[OFFSET + lane] = value if value < s[OFFSET + lane] else s[OFFSET + lane]
     for lane in range(LANES):
         top, bottom = s[SCALE + lane], s[OFFSET + lane]
-        s[MIDDLE + lane] = np.float32(0.5) * top + np.float32(0.5) * bottom
-        s[RANGE + lane] = top - bottom if top - bottom > TINY else HUGE
+        middle = np.float32(0.5) * top + np.float32(0.5) * bottom
+        constant = abs(middle) if abs(middle) > TINY else HUGE
+        s[MIDDLE + lane] = middle
+        s[RANGE + lane] = top - bottom if top - bottom > TINY else constant
         s[TEMPORARY + lane] = ONE / s[RANGE + lane]
     for r in range(size):
         for lane in range(LANES):
@@ -90,7 +95,7 @@ def solve(lane: int, s: Float32) -> tuple[Single, Single]:
     regular = determinant > np.float32(1e-6) * weight * second
     below = determinant if regular else HUGE
     scale = (weight * mixed - mean * first) / below if regular else ZERO
-    offset = (second * mean - first * mixed) / below if regular else mean / weight
+    offset = (second * mean - first * mixed) / below if regular else mean / (weight if weight > ZERO else HUGE)
     return scale, offset
 
 
