@@ -39,6 +39,8 @@ def check_finished(folder: Path) -> None:
 def test_nth_call_fails(tmp_path: Path, code: int) -> None:
     for number in range(1000):
         folder = tmp_path / str(number)
+        (folder / "entries").mkdir(parents=True)
+        (folder / "entries" / f"{KEYS[0]}.3.partial").write_bytes(b"left by a dead run")
         system = Failing(number, code)
         try:
             run(folder, system)

@@ -96,6 +96,7 @@ def test_floats_of_three_dimensions_and_scalars(tmp_path: Path) -> None:
     assert read_tensor(file, "one").tolist() == [1.5]
     with pytest.raises(BadInputError, match="no tensor 'two'"):
         file.spec("two")
+    assert file.text_file("model.gguf") is None
 
 
 def test_arrays_behave_as_lists(tmp_path: Path) -> None:

@@ -80,6 +80,8 @@ def test_folder_of_an_unfinished_run(tmp_path: Path) -> None:
         (INCOMPLETE, "did not finish"),
         (b"", "not valid JSON"),
         (b"{}", "did not finish"),
+        (json.dumps({"schema": 1, "complete": True}).encode(), "files must be a list"),
+        (json.dumps({"schema": 1, "complete": True, "files": [entry("x", 1)] * 2}).encode(), "listed twice"),
         (json.dumps({"schema": 1, "complete": True, "files": [{}]}).encode(), "path, bytes and sha256"),
         (json.dumps({"schema": 1, "complete": True, "files": [entry("absent", 1)]}).encode(), "absent is missing"),
         (json.dumps({"schema": 1, "complete": True, "files": [entry("config.json", 1)]}).encode(), "has 2 bytes"),

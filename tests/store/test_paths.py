@@ -59,6 +59,7 @@ def test_plain_files_and_missing_ones(tmp_path: Path) -> None:
     assert read(tmp_path, "sub/a.txt") == b"inside"
     assert find_inside(tmp_path, "sub/b.txt") is None
     assert find_inside(tmp_path, "other/b.txt") is None
+    assert find_inside(tmp_path / "absent", "b.txt") is None
     with pytest.raises(BadInputError, match=r"'b\.txt' is missing"):
         open_inside(tmp_path, "b.txt")
 

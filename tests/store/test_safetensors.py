@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from anyquant.core.checkpoint import read_rows, read_tensor
-from anyquant.core.errors import AnyQuantError, BadInputError
+from anyquant.core.errors import AnyQuantError, BadInputError, UnsupportedError
 from anyquant.store.safetensors import INDEX, SafetensorsCheckpoint
 from anyquant.store.safetensors_layout import BITS, write_safetensors_header
 from anyquant.store.system import System
@@ -144,6 +144,26 @@ def test_calls_that_are_wrong(tmp_path: Path) -> None:
         checkpoint.read_into("weight", 0, 1, np.empty((20, 2), np.uint8)[:, 0])
 
 
+def test_elements_smaller_than_a_byte(tmp_path: Path) -> None:
+    """Four-bit elements are carried whole; a row that starts inside a byte cannot be read alone."""
+    header, _ = write_safetensors_header([("even", "F4", (2, 4)), ("odd", "F4", (2, 3))])
+    (tmp_path / "model.safetensors").write_bytes(header + bytes(range(7)))
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    row = np.empty(2, np.uint8)
+    checkpoint.read_into("even", 1, 2, row)
+    assert row.tolist() == [2, 3]
+    with pytest.raises(UnsupportedError, match="whole bytes"):
+        checkpoint.read_into("odd", 1, 2, row)
+
+
+def test_index_that_is_no_index(tmp_path: Path) -> None:
+    shards(tmp_path)
+    for text in ("{}", '{"weight_map": []}', '{"weight_map": {}}', "[]", "{"):
+        (tmp_path / INDEX).write_text(text)
+        with pytest.raises(BadInputError):
+            SafetensorsCheckpoint(tmp_path)
+
+
 def test_companion_files(tmp_path: Path) -> None:
     save(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama", "nested": {"a": [1, 2.5, null]}}')
@@ -189,6 +209,12 @@ def test_header_refuses_what_no_reader_would_take() -> None:
     ):
         with pytest.raises(AnyQuantError):
             write_safetensors_header(tensors)
+
+
+def test_header_too_long_for_the_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("anyquant.store.limits.SAFETENSORS_HEADER_BYTES", 100)
+    with pytest.raises(AnyQuantError, match="more shards"):
+        write_safetensors_header([("x" * 100, "U8", (1,))])
 
 
 def test_element_types_are_those_of_the_library() -> None:

@@ -175,6 +175,7 @@ def test_one_writer_at_a_time_and_leftovers_go(tmp_path: Path) -> None:
     leftover.write_bytes(b"half")
     StateWriter(tmp_path / "s").close()
     assert not leftover.exists()
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["entries"]  # no lock file stays behind
 
 
 def test_keys_depend_on_everything_and_on_nothing_else() -> None:

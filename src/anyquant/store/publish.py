@@ -23,9 +23,11 @@ from anyquant.store.system import (
     RENAME_NOREPLACE,
     SYSTEM,
     System,
+    acquire_lock,
     close_quietly,
     pwrite_fully,
     reason,
+    release_lock,
     remove_tree,
     sync_folder,
     writing,
@@ -56,7 +58,7 @@ class Stage:
     def __enter__(self) -> "Stage":
         self._check_target()
         with writing(self.out, "lock"):
-            self._lock = _acquire(self._system, self._lock_path)
+            self._lock = acquire_lock(self._system, self._lock_path)
         if self._lock is None:
             raise OutputError(f"{self.out}: another run is writing it; wait for it or choose another -o")
         try:
@@ -254,31 +256,10 @@ class Stage:
         if os.path.lexists(self.folder):
             _remove_quietly(self._system, self.folder)
         if self._lock is not None:
-            with contextlib.suppress(OSError):
-                self._system.unlink(self._lock_path)
-            close_quietly(self._system, self._lock)
+            release_lock(self._system, self._lock_path, self._lock)
             self._lock = None
 
 
 def _remove_quietly(system: System, path: Path) -> None:
     with contextlib.suppress(OSError):
         remove_tree(system, path)
-
-
-def _acquire(system: System, path: Path) -> int | None:
-    """Descriptor of the locked file at `path`, or None when another run holds it.
-
-    The holder unlinks the file before it lets go, so a lock on a file that has lost its name is tried again.
-    """
-    while True:
-        descriptor = system.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
-        try:
-            if not system.lock(descriptor):
-                close_quietly(system, descriptor)
-                return None
-            if path.exists() and os.path.samestat(os.fstat(descriptor), path.lstat()):
-                return descriptor
-        except BaseException:
-            close_quietly(system, descriptor)
-            raise
-        close_quietly(system, descriptor)

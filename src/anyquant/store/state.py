@@ -25,7 +25,16 @@ from anyquant.store.state_entry import (
     entry_path,
 )
 from anyquant.store.strict_json import parse_json
-from anyquant.store.system import SYSTEM, System, close_quietly, pwrite_fully, sync_folder, writing
+from anyquant.store.system import (
+    SYSTEM,
+    System,
+    acquire_lock,
+    close_quietly,
+    pwrite_fully,
+    release_lock,
+    sync_folder,
+    writing,
+)
 
 __all__ = ["EntryReader", "EntryWriter", "StateReader", "StateWriter", "canonical_json", "entry_key"]
 
@@ -50,8 +59,12 @@ class StateWriter:
                 if not path.is_dir():
                     system.mkdir(path)
             self._lock = self._acquire()
-            for leftover in self._entries.glob(f"*{PARTIAL}"):
-                system.unlink(leftover)
+            try:
+                for leftover in self._entries.glob(f"*{PARTIAL}"):
+                    system.unlink(leftover)
+            except BaseException:
+                self.close()
+                raise
 
     def __enter__(self) -> "StateWriter":
         return self
@@ -64,7 +77,7 @@ class StateWriter:
     def close(self) -> None:
         """Let go of the folder."""
         if self._lock is not None:
-            close_quietly(self._system, self._lock)
+            release_lock(self._system, self.folder / _LOCK, self._lock)
             self._lock = None
 
     def has(self, key: str, grids: Callable[[str], Grid]) -> bool:
@@ -103,9 +116,8 @@ class StateWriter:
             sync_folder(self._system, self.folder)
 
     def _acquire(self) -> int:
-        descriptor = self._system.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
-        if not self._system.lock(descriptor):
-            close_quietly(self._system, descriptor)
+        descriptor = acquire_lock(self._system, self.folder / _LOCK)
+        if descriptor is None:
             raise OutputError(f"{self.folder}: another run is writing it; wait for it or choose another place")
         return descriptor
 

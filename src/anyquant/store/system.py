@@ -189,3 +189,29 @@ def remove_tree(system: System, path: Path) -> None:
     for child in path.iterdir():
         remove_tree(system, child)
     system.rmdir(path)
+
+
+def acquire_lock(system: System, path: Path) -> int | None:
+    """Descriptor of the locked file at `path`, or None when another run holds it.
+
+    The holder unlinks the file before it lets go, so a lock on a file that has lost its name is tried again.
+    """
+    while True:
+        descriptor = system.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+        try:
+            if not system.lock(descriptor):
+                close_quietly(system, descriptor)
+                return None
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.lstat()):
+                return descriptor
+        except BaseException:
+            close_quietly(system, descriptor)
+            raise
+        close_quietly(system, descriptor)
+
+
+def release_lock(system: System, path: Path, descriptor: int) -> None:
+    """Remove the lock file while it is still held, then let go."""
+    with contextlib.suppress(OSError):
+        system.unlink(path)
+    close_quietly(system, descriptor)
