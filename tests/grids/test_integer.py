@@ -10,7 +10,7 @@ from anyquant.grids import grid, integer, scales
 NAMES = ["int2-g64", "int3-g16", "int4-g128", "int4-g32", "int5-g64", "int8-g256"]
 
 
-def weights_of(kind: str, rows: int = 12, columns: int = 512) -> Float32:
+def weights_of(kind: str, rows: int = 12, columns: int = 768) -> Float32:
     random = np.random.default_rng(3)
     shape = (rows, columns)
     values = random.standard_normal(shape) if kind == "normal" else random.standard_t(3, shape)
@@ -36,7 +36,7 @@ def errors(name: str, weights: Float32, scale: Float32, importance: Float32 | No
 def test_no_group_is_worse_than_plain_rounding_and_all_are_better(name: str, kind: str, important: bool) -> None:
     made, weights = grid(name), weights_of(kind)
     group = made.block[1]
-    importance = np.random.default_rng(4).lognormal(0, 1, 512).astype(np.float32) if important else None
+    importance = np.random.default_rng(4).lognormal(0, 1, 768).astype(np.float32) if important else None
     params, codes = made.quantize(weights, importance)
     largest = np.abs(weights).reshape(12, -1, group).max(axis=2) / np.float32(2 ** (made.code_bits - 1) - 1)
     plain = errors(name, weights, bfloat16_to_float32(float32_to_bfloat16(largest)), importance)
@@ -53,7 +53,7 @@ def test_no_group_is_worse_than_plain_rounding_and_all_are_better(name: str, kin
 def test_compiled_search_equals_the_plain_one(name: str, important: bool) -> None:
     made, weights = grid(name), weights_of("heavy")
     assert isinstance(made, integer.IntegerGrid)
-    importance = np.random.default_rng(4).lognormal(0, 1, 512).astype(np.float32) if important else None
+    importance = np.random.default_rng(4).lognormal(0, 1, 768).astype(np.float32) if important else None
     fast = made.fit(weights, importance)["scale"]
     slow = scales.slow_scales(weights, importance, made.levels, made.ladder())
     assert np.mean(fast == slow) > 0.9
@@ -68,10 +68,10 @@ def test_scales_are_positive_bfloat16_and_values_are_scale_times_code(name: str)
     scale = params["scale"]
     assert (scale.view(np.uint32) & 0xFFFF == 0).all() and (scale > 0).all()
     assert codes.min() >= -(2 ** (made.code_bits - 1)) and codes.max() <= 2 ** (made.code_bits - 1) - 1
-    tensor = QTensor(grid=made, shape=(12, 512), codes=codes, params=params)
+    tensor = QTensor(grid=made, shape=(12, 768), codes=codes, params=params)
     expected = np.repeat(scale, made.block[1], axis=1) * codes.astype(np.float32)
     np.testing.assert_array_equal(tensor.decode(), expected)
-    assert made.bits((12, 512)) == 12 * 512 * made.code_bits + scale.size * 16
+    assert made.bits((12, 768)) == 12 * 768 * made.code_bits + scale.size * 16
 
 
 def test_the_lowest_level_is_used() -> None:

@@ -57,8 +57,8 @@ def test_error_is_at_most_that_of_the_stock_encoder(name: str, important: bool) 
 def test_compiled_search_equals_the_plain_one(name: str, important: bool) -> None:
     made = grid(name)
     assert isinstance(made, legacy.LegacyGrid)
-    for weights in matrices(256).values():
-        importance = importance_of(256) if important else None
+    for weights in matrices(352).values():
+        importance = importance_of(352) if important else None
         params = made.fit(weights, importance)
         ladder = made.ladder(important)
         if made.affine:
@@ -89,6 +89,26 @@ def test_search_comes_near_the_best_of_all_scales(name: str) -> None:
         levels = np.clip(np.rint(blocks / d), -half, half - 1)
         best = np.minimum(best, ((d * levels - blocks) ** 2).sum(axis=1))
     assert found.sum() <= 1.01 * best.sum()
+
+
+@pytest.mark.parametrize("name", ["q4_1", "q5_1"])
+def test_search_comes_near_the_best_of_all_pairs(name: str) -> None:
+    """The optimum over a dense lattice of ranges and positions, block by block."""
+    made = grid(name)
+    weights = matrices(64)["normal"]
+    high = 15 if name == "q4_1" else 31
+    params, codes = made.quantize(weights)
+    found = ((made.decode(codes, params) - weights) ** 2).reshape(-1, 32).sum(axis=1)
+    blocks = weights.reshape(-1, 32)
+    bottom, length = blocks.min(axis=1, keepdims=True), np.ptp(blocks, axis=1)[:, None]
+    best = np.full(len(blocks), np.inf)
+    for steps in np.linspace(high - 1.2, high + 1.5, 60):
+        d = (length / steps).astype(np.float16).astype(np.float32)
+        for shift in np.linspace(-0.8, 1.2, 50):
+            m = (bottom + shift * d).astype(np.float16).astype(np.float32)
+            levels = np.clip(np.rint((blocks - m) / d), 0, high)
+            best = np.minimum(best, ((d * levels + m - blocks) ** 2).sum(axis=1))
+    assert found.sum() <= (1.04 if name == "q4_1" else 1.07) * best.sum()
 
 
 @pytest.mark.parametrize("name", NAMES)
