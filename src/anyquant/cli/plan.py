@@ -20,19 +20,19 @@ def command(model: str, as_json: bool, **flags: Any) -> None:
     """Decide everything for MODEL and write nothing.
 
     Bytes are exact, memory and time are estimates. What make would refuse at its start is refused here, with its exit
-    code; a plan that is sound but has no place in the target yet is printed first, with the bytes of the neutral state.
+    code; a sound plan that the target cannot hold yet is printed first, with the bytes of its tensors alone.
     """
     from anyquant import api
     from anyquant.pipeline.accounts import make_ledger
 
     planned = api.plan(model, target=flags["target"], recipe=recipe_of(flags), threads=flags["threads"])
-    job, cost = planned.job, planned.cost
+    job = planned.job
     ledger = make_ledger(job)
     if as_json:
         plain = {"label": job.plan.label, "format": job.format.name, "bytes": job.layout.nbytes}
-        plain |= {"refusal": planned.refusal, **asdict(cost), **asdict(ledger)}
+        plain |= {"refusal": planned.refusal, **asdict(planned.cost), **asdict(ledger)}
         click.echo(json.dumps(plain, indent=1, ensure_ascii=False))
     else:
-        print_plan(job, cost, ledger)
+        print_plan(planned, ledger)
     if planned.refusal:
         raise UnsupportedError(planned.refusal)

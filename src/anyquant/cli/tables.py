@@ -9,9 +9,8 @@ from rich.text import Text
 from anyquant.core.ledger import Ledger
 from anyquant.evaluate.measures import Measures
 from anyquant.pipeline.artifacts import Contents
-from anyquant.pipeline.cost import Cost
+from anyquant.pipeline.cost import Planned
 from anyquant.pipeline.picture import human_bytes
-from anyquant.pipeline.planner import Job
 from anyquant.pipeline.report import Report, summary_rows
 
 STYLES = {
@@ -62,8 +61,9 @@ def _points(report: Report) -> Table:
     return table
 
 
-def print_plan(job: Job, cost: Cost, ledger: Ledger) -> None:
+def print_plan(planned: Planned, ledger: Ledger) -> None:
     console = _console()
+    job, cost = planned.job, planned.cost
     table = Table(box=None, header_style="dim")
     table.add_column("tensor", no_wrap=True)
     table.add_column("source", no_wrap=True)
@@ -73,14 +73,15 @@ def print_plan(job: Job, cost: Cost, ledger: Ledger) -> None:
     for line in ledger.lines:
         table.add_row(line.name, line.source_dtype, line.applied, f"{line.target_bytes:,}", Text(line.reason))
     for name, nbytes, why in ledger.unused:
-        table.add_row(name, "", "unused", f"{nbytes:,}", Text(why))
+        table.add_row(Text(name), "", "unused", f"{nbytes:,}", Text(why))
     console.print(table)
     source = sum(line.source_bytes for line in ledger.lines)
+    exactly = "exactly" if not planned.refusal else "of tensors exactly, without what the format adds"
     console.print(
         _pairs(
             [
                 ("plan", f"{job.plan.label} as {job.format.name}"),
-                ("size", f"{cost.disk:,} bytes exactly ({human_bytes(cost.disk)}); source {human_bytes(source)}"),
+                ("size", f"{cost.disk:,} bytes {exactly} ({human_bytes(cost.disk)}); source {human_bytes(source)}"),
                 ("bits per weight", f"{8 * job.layout.payload / job.weights:.3f}"),
                 ("memory", f"about {human_bytes(cost.memory)} at the peak"),
                 ("time", f"about {cost.seconds:.0f} s to quantize and verify, without measuring"),

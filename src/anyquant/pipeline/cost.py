@@ -26,7 +26,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Planned:
-    """A job before it starts. `refusal` is why the target cannot hold it, or ""; then its layout is the neutral one."""
+    """A job before it starts. `refusal`: why the target cannot hold it, or ""; its layout is then the bare payload."""
 
     job: Job
     cost: Cost

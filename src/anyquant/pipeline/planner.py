@@ -1,6 +1,6 @@
 """From a recipe to a plan: one decision per Linear, with its reason, before anything is read or written."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from anyquant.algorithms import ALGORITHMS
@@ -8,8 +8,8 @@ from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.errors import AnyQuantError, UnsupportedError, UsageError
 from anyquant.core.linear import Linear, Role
 from anyquant.core.plan import Decision, Layout, Plan
-from anyquant.formats import STATE, rules
 from anyquant.formats.base import Format, Rules
+from anyquant.formats.payload import PayloadRules
 from anyquant.grids import grid as find_grid
 from anyquant.models.architecture import Architecture
 from anyquant.pipeline.recipe import Recipe
@@ -144,18 +144,31 @@ def make_plan(
     )
 
 
+def _together(reasons: Sequence[str], architecture: Architecture) -> str:
+    """One line; the same reason against many Linears is said once, for the first and the number of the others."""
+    grouped: dict[str, list[str]] = {}
+    for reason in reasons:
+        name, _, why = reason.partition(": ")
+        grouped.setdefault(why if name in architecture.by_name else reason, []).append(name)
+    said = []
+    for why, names in grouped.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        said.append(f"{names[0]}{more}: {why}" if names[0] in architecture.by_name else why)
+    return "; ".join(said)
+
+
 def draft_job(
     architecture: Architecture, checkpoint: Checkpoint, target: Rules, recipe: Recipe, importance: bool
 ) -> tuple[Job, str]:
     """The plan with its layout, and why the target cannot hold it: all reasons in one line, "" when it can.
 
-    When it cannot, the layout is that of the neutral state, which holds whatever a grid holds: the ledger of a model
-    that cannot be written yet is complete all the same. Raises as `make_plan`.
+    When it cannot, the layout is the bare payload: the ledger of a model that cannot be written yet is complete and
+    exact all the same. Raises as `make_plan`.
     """
     plan = make_plan(architecture, checkpoint, target, recipe, importance)
     reasons = target.refuses(architecture, plan, checkpoint)
-    refusal = f"{target.name} cannot hold this plan: {'; '.join(reasons)}" if reasons else ""
-    form = rules(STATE) if reasons else target
+    refusal = f"{target.name} cannot hold this plan: {_together(reasons, architecture)}" if reasons else ""
+    form = PayloadRules(target.name) if reasons else target
     return Job(checkpoint, architecture, form, recipe, plan, form.layout(architecture, plan, checkpoint)), refusal
 
 

@@ -1,0 +1,16 @@
+"""The pipeline's steps on a test checkpoint, in as few lines as a test can bear."""
+
+from pathlib import Path
+from typing import Any
+
+from anyquant.formats import rules
+from anyquant.models.detect import detect
+from anyquant.pipeline.planner import Job, make_job
+from anyquant.pipeline.recipe import Recipe
+from anyquant.store.open import open_checkpoint
+
+
+def job_of(folder: Path, target: str = "gguf", importance: bool = False, **recipe: Any) -> Job:
+    """The job of a recipe (keywords of Recipe) on a checkpoint."""
+    checkpoint = open_checkpoint(folder)
+    return make_job(detect(checkpoint), checkpoint, rules(target), Recipe(**recipe), importance)
