@@ -71,7 +71,7 @@ def test_packing_equals_the_library(bits: int) -> None:
 
 @pytest.mark.parametrize(
     ("family", "dtype", "tied", "apart"),
-    [("llama", "BF16", False, "bf16"), ("phi3", "F32", False, "f32"), ("qwen2", "BF16", True, "bf16")],
+    [("llama", "BF16", False, "bf16"), ("phi3", "F32", False, "f32"), ("qwen2", "F16", True, "f16")],
 )
 def test_transformers_loads_it_and_computes_our_decode(
     family: str, dtype: str, tied: bool, apart: str, tmp_path: Path
@@ -81,7 +81,7 @@ def test_transformers_loads_it_and_computes_our_decode(
     out = tmp_path / "out"
     planned = write(checkpoint, architecture, out, chosen(architecture, "int4-g128", apart), "compressed-tensors")
     assert sum(path.stat().st_size for path in out.iterdir()) == planned.nbytes
-    torch_type = {"BF16": torch.bfloat16, "F32": torch.float32}[dtype]
+    torch_type = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
     opened = FORM.open(out, architecture)
     decoded = {name: read_tensor(opened, name) for name in opened.names()}
     assert decoded.keys() == set(checkpoint.names())

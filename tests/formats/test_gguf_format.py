@@ -302,6 +302,22 @@ def test_what_cannot_be_written_is_refused_before_any_work(cases: Callable[..., 
     assert "gpt_neox" in form.refuses(odd, plan, case.checkpoint)[0]
 
 
+def test_planning_rules(cases: Callable[..., Case]) -> None:
+    form, phi3 = FORMATS.get("gguf"), cases("phi3").architecture
+    ties = form.ties(phi3)
+    assert {name for name, group in ties.items() if group == "blk.1.attn_qkv.weight"} == {
+        f"blocks.1.attn_{letter}" for letter in "qkv"
+    }
+    assert ties["blocks.0.ffn_gate"] == ties["blocks.0.ffn_up"] and "blocks.0.ffn_down" not in ties
+    assert form.ties(cases("llama").architecture) == {}
+    head, embedding, down = (phi3.by_name[name] for name in ("head", "embedding", "blocks.0.ffn_down"))
+    assert form.default_grid(head, phi3, "q4_k", "bf16")[0] == "q6_k"
+    assert form.default_grid(embedding, phi3, "q4_k", "bf16")[0] == "q4_k"
+    assert form.default_grid(embedding, phi3, "int4-g128", "bf16")[0] == "bf16"
+    narrow = dataclasses.replace(down, view=dataclasses.replace(down.view, columns=96))
+    assert (form.fallback("q4_k", down), form.fallback("q4_k", narrow)) == (None, "q5_0")
+
+
 def test_a_window_becomes_the_context(cases: Callable[..., Case]) -> None:
     """llama.cpp attends to everything in these families: equal to the model only inside the window."""
     case = cases("llama")

@@ -127,8 +127,6 @@ def _add_scaling(writer: Any, architecture: Architecture) -> None:
         original = int(scaling["original_max_position_embeddings"])
         writer.add_rope_scaling_orig_ctx_len(original)
         writer.add_rope_scaling_attn_factors(longrope_attention(scaling, sizes.context, original))
-    elif architecture.family == "phi3":
-        writer.add_rope_scaling_orig_ctx_len(sizes.context)
 
 
 def paper_attention(factor: float, mscale: float = 1.0) -> float:
