@@ -57,8 +57,9 @@ def read_block(job: Job, block: Block) -> Float32:
 def check_finite(values: Float32, where: str, first_row: int = 0) -> None:
     """Raise BadInputError with the count and the first place of a value that is NaN or infinite."""
     # the sum of finite float32 values is finite in float64, and one sum is cheaper than a mask
-    if np.isfinite(values.sum(dtype=np.float64)):
-        return
+    with np.errstate(invalid="ignore"):
+        if np.isfinite(values.sum(dtype=np.float64)):
+            return
     bad = np.argwhere(~np.isfinite(values))
     if len(bad) == 0:
         return

@@ -66,6 +66,21 @@ def _check_structure(job: Job, folder: Path) -> None:
             raise AnyQuantError(f"verify: {file.path} has {size} bytes, planned were {file.nbytes}")
 
 
+def _check_around(job: Job, folder: Path) -> None:
+    """All bytes that belong to no part: the header as planned, zeros between the parts and behind them."""
+    for file in job.layout.files:
+        with (folder / file.path).open("rb") as stream:
+            if stream.read(len(file.prefix)) != file.prefix:
+                raise AnyQuantError(f"verify: the header of {file.path} differs from what was planned")
+            at = len(file.prefix)
+            ends = [(part.offset, part.offset + part.nbytes) for part in file.parts]
+            for start, stop in sorted([*ends, (file.nbytes, file.nbytes)]):
+                stream.seek(at)
+                if any(stream.read(max(start - at, 0))):
+                    raise AnyQuantError(f"verify: {file.path} has bytes other than zero between its tensors, at {at}")
+                at = max(at, stop)
+
+
 def _check_digests(written: Written, reader: _Reader, sizes: Mapping[tuple[str, int], int]) -> None:
     for (part, offset), digest in written.digests.items():
         if hashlib.sha256(reader.read(part, offset, sizes[part, offset]).data).digest() != digest:
@@ -100,11 +115,13 @@ def verify(
 ) -> Verified:
     """Compare the artifact in `folder` with the plan and the source.
 
-    Names, types, shapes and offsets through the format's reader; sha256 of every chunk; every tensor unpacked and
-    decoded from the bytes on disk and compared with the source weights. Raises AnyQuantError at the first difference.
+    Names, types, shapes and offsets through the format's reader; the header; sha256 of every chunk; every tensor
+    unpacked and decoded from the bytes on disk and compared with the source weights. Raises AnyQuantError at the first
+    difference.
     """
     target = writable(job)
     _check_structure(job, folder)
+    _check_around(job, folder)
     reader = _Reader(job, folder)
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
 
