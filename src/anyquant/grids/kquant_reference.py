@@ -19,9 +19,12 @@ Integers = Float32  # whole numbers, kept in float32
 ZERO = np.float32(0)
 
 
+SINGULAR = np.float32(1e-6)
+
+
 @dataclass(frozen=True)
 class Sums:
-    """Weighted sums of one rounding per sub-block: w l, w l^2, w x l."""
+    """Weighted sums of one rounding per sub-block: w l, w l^2, w x l. Levels l count from the middle of their range."""
 
     l1: Float32
     l2: Float32
@@ -44,8 +47,18 @@ def half(value: Float32) -> Float32:
     return np.clip(value, -LARGEST_HALF, LARGEST_HALF).astype(np.float16).astype(np.float32)
 
 
+def half_step(value: Float32) -> Float32:
+    """Rounded to float16, but to the smallest one instead of 0: a step of 0 would lose the super-block."""
+    return choose(value == 0, value, np.copysign(np.maximum(np.abs(half(value)), np.float32(2.0**-24)), value))
+
+
 def nearest(value: Float32, lowest: float, highest: float) -> Integers:
     return np.clip(np.rint(value), np.float32(lowest), np.float32(highest))
+
+
+def middle(highest: int) -> np.float32:
+    """The level that sums count from."""
+    return np.float32((highest + 1) // 2)
 
 
 def choose(better: npt.NDArray[np.bool_], new: Float32, old: Float32) -> Float32:
@@ -74,25 +87,28 @@ def affine(
 ) -> tuple[Params, npt.NDArray[np.uint8]]:
     """w = d * scale * level - dmin * minimum."""
     highest, most = layout.highest, layout.most
+    centre = middle(highest)
     sum_w, sum_wx = w.sum(axis=2), (w * x).sum(axis=2)
 
     def sums(inverse: Float32, minimum: Float32) -> Sums:
-        level = nearest((x - minimum[..., None]) * inverse[..., None], 0, highest)
+        level = nearest((x - minimum[..., None]) * inverse[..., None], 0, highest) - centre
         weighted = w * level
         return Sums(weighted.sum(axis=2), (weighted * level).sum(axis=2), (weighted * x).sum(axis=2))
 
-    scale, minimum, best = affine_search(effort, highest, x, sum_w, sum_wx, sums)
+    scale, minimum, best = affine_search((effort, highest), x, (sum_w, sum_wx), sums)
 
     metric = np.maximum(best.l2 - best.l1 * ratio(best.l1, sum_w), ZERO)
     d = step_by_trial(scale, metric, layout)
     int_scale = nearest(ratio(scale, np.broadcast_to(d, scale.shape)), 0, most)
-    shift = np.maximum((d * int_scale - scale) * ratio(best.l1, sum_w) - minimum, ZERO)
+    shift = np.maximum((d * int_scale - scale) * (centre + ratio(best.l1, sum_w)) - minimum, ZERO)
     dmin = step_by_trial(shift, sum_w, layout)
     int_minimum = nearest(ratio(shift, np.broadcast_to(dmin, shift.shape)), 0, most)
 
     for _ in range(effort.rounds):
-        int_scale, int_minimum, best = affine_neighbours((d, dmin, int_scale, int_minimum), (sum_w, sum_wx), most, sums)
-        d, dmin = affine_refit((d, dmin, int_scale, int_minimum), (sum_w, sum_wx), best)
+        int_scale, int_minimum, best = affine_neighbours(
+            (d, dmin, int_scale, int_minimum), (sum_w, sum_wx), (highest, most), sums
+        )
+        d, dmin = affine_refit((d, dmin, int_scale, int_minimum), (sum_w, sum_wx), highest, best)
 
     lowest, per_level = dmin * int_minimum, ratio(1, d * int_scale)
     codes = nearest((exact + lowest[..., None]) * per_level[..., None], 0, highest).astype(np.uint8)
@@ -104,15 +120,26 @@ def affine(
     }, codes
 
 
+def explain(scale: Float32, offset: Float32, found: Sums, moments: tuple[Float32, Float32]) -> Float32:
+    """By how much scale * l + offset lowers the sum of w x^2."""
+    sum_w, sum_wx = moments
+    gained = scale * (2 * (found.xl - offset * found.l1) - scale * found.l2)
+    explained: Float32 = gained + offset * (2 * sum_wx - offset * sum_w)
+    return explained
+
+
+def squares_from_zero(found: Sums, sum_w: Float32, centre: np.float32) -> Float32:
+    """Sum of w l^2 with levels counted from 0."""
+    return found.l2 + (centre * (2 * found.l1 + centre * sum_w)).astype(np.float32)
+
+
 def affine_search(
-    effort: Effort,
-    highest: int,
-    x: Float32,
-    sum_w: Float32,
-    sum_wx: Float32,
-    sums: Callable[[Float32, Float32], Sums],
+    how: tuple[Effort, int], x: Float32, moments: tuple[Float32, Float32], sums: Callable[[Float32, Float32], Sums]
 ) -> tuple[Float32, Float32, Sums]:
     """Ideal scale and minimum (not above 0) per sub-block, and the sums of the rounding that gave them."""
+    effort, highest = how
+    sum_w, sum_wx = moments
+    centre = middle(highest)
     top, minimum = x.max(axis=2), np.minimum(x.min(axis=2), ZERO)
     scale, explained = (top - minimum) / np.float32(highest), np.zeros_like(top)
     best = Sums(explained, explained, explained)
@@ -121,11 +148,14 @@ def affine_search(
         determinant = sum_w * trial.l2 - trial.l1 * trial.l1
         inverse = ratio(1, determinant)
         new_scale = (sum_w * trial.xl - sum_wx * trial.l1) * inverse
-        new_minimum = (trial.l2 * sum_wx - trial.l1 * trial.xl) * inverse
-        new_scale = choose(new_minimum > 0, ratio(trial.xl, trial.l2), new_scale)
-        new_minimum = np.minimum(new_minimum, ZERO)
-        new_explained = new_scale * trial.xl + new_minimum * sum_wx
-        better = (determinant > 0) & (new_explained > explained)
+        offset = (trial.l2 * sum_wx - trial.l1 * trial.xl) * inverse
+        bounded = (offset > new_scale * centre) | (determinant < SINGULAR * sum_w * trial.l2)
+        through_zero = ratio(trial.xl + centre * sum_wx, squares_from_zero(trial, sum_w, centre))
+        new_scale = choose(bounded, through_zero, new_scale)
+        offset = choose(bounded, new_scale * centre, offset)
+        new_minimum = offset - new_scale * centre
+        new_explained = explain(new_scale, offset, trial, moments)
+        better = new_explained > explained
         explained = choose(better, new_explained, explained)
         scale, minimum = choose(better, new_scale, scale), choose(better, new_minimum, minimum)
         best = Sums(*(choose(better, getattr(trial, name), getattr(best, name)) for name in ("l1", "l2", "xl")))
@@ -142,7 +172,7 @@ def step_by_trial(wanted: Float32, metric: Float32, layout: Layout) -> Float32:
     sign = np.float32(-1 if layout.symmetric else 1)
     for relative in np.asarray(layout.trials, dtype=np.float32):
         reach = sign * (np.float32(layout.most) + relative * np.float32(layout.most))
-        trial = half(top / reach)
+        trial = half_step(top / reach)
         integer = nearest(wanted * (reciprocal(top) * reach), lowest, largest)
         missed = wanted - trial * integer
         loss = (missed * missed * metric).sum(axis=1, keepdims=True)
@@ -153,25 +183,27 @@ def step_by_trial(wanted: Float32, metric: Float32, layout: Layout) -> Float32:
 def affine_neighbours(
     stored: tuple[Float32, Float32, Integers, Integers],
     moments: tuple[Float32, Float32],
-    most: int,
+    limits: tuple[int, int],
     sums: Callable[[Float32, Float32], Sums],
 ) -> tuple[Integers, Integers, Sums]:
     """The stored pair of each sub-block, or the scale one more, one less or the same with the minimum that suits it."""
     d, dmin, int_scale, int_minimum = stored
     sum_w, sum_wx = moments
+    highest, most = limits
+    centre = middle(highest)
 
-    def explain(scale: Float32, shift: Float32) -> tuple[Float32, Sums]:
+    def evaluate(integer: Integers, minimum: Integers) -> tuple[Float32, Sums]:
+        scale, shift = d * integer, dmin * minimum
         found = sums(ratio(1, scale), -shift)
-        gained = scale * (2 * (found.xl + shift * found.l1) - scale * found.l2)
-        return gained - shift * (2 * sum_wx + shift * sum_w), found
+        return explain(scale, scale * centre - shift, found, moments), found
 
-    explained, best = explain(d * int_scale, dmin * int_minimum)
+    explained, best = evaluate(int_scale, int_minimum)
     old_scale, old_l1 = int_scale, best.l1
-    for offset in (-1, 0, 1):
-        trial = np.clip(old_scale + np.float32(offset), ZERO, np.float32(most))
-        shift = ratio(d * trial * old_l1 - sum_wx, sum_w)
+    for change in (-1, 0, 1):
+        trial = np.clip(old_scale + np.float32(change), ZERO, np.float32(most))
+        shift = d * trial * centre - ratio(sum_wx - d * trial * old_l1, sum_w)
         trial_minimum = nearest(ratio(shift, np.broadcast_to(dmin, shift.shape)), 0, most)
-        trial_explained, found = explain(d * trial, dmin * trial_minimum)
+        trial_explained, found = evaluate(trial, trial_minimum)
         better = trial_explained > explained
         explained = choose(better, trial_explained, explained)
         int_scale, int_minimum = choose(better, trial, int_scale), choose(better, trial_minimum, int_minimum)
@@ -180,22 +212,25 @@ def affine_neighbours(
 
 
 def affine_refit(
-    stored: tuple[Float32, Float32, Integers, Integers], moments: tuple[Float32, Float32], best: Sums
+    stored: tuple[Float32, Float32, Integers, Integers], moments: tuple[Float32, Float32], highest: int, best: Sums
 ) -> tuple[Float32, Float32]:
     """Least squares for (d, dmin) with levels and integers kept, rounded to float16, taken only if better."""
-    d, dmin, scale, minimum = stored
+    d, dmin, integer, minimum = stored
     sum_w, sum_wx = moments
+    centre = middle(highest)
 
     def total(values: Float32) -> Float32:
         added: Float32 = values.sum(axis=1, keepdims=True)
         return added
 
-    left = best.xl - d * scale * best.l2 + dmin * minimum * best.l1
-    bias = sum_wx - d * scale * best.l1 + dmin * minimum * sum_w
-    ss, sm, mm = total(scale * scale * best.l2), total(-scale * minimum * best.l1), total(minimum * minimum * sum_w)
-    right_s, right_m = total(scale * left), total(-minimum * bias)
+    scale, offset = d * integer, d * integer * centre - dmin * minimum
+    left = sum_wx - scale * best.l1 - offset * sum_w
+    left_l = best.xl - scale * best.l2 - offset * best.l1 + centre * left
+    ss = total(integer * integer * squares_from_zero(best, sum_w, centre))
+    sm, mm = total(-integer * minimum * (best.l1 + centre * sum_w)), total(minimum * minimum * sum_w)
+    right_s, right_m = total(integer * left_l), total(-minimum * left)
     determinant = ss * mm - sm * sm
-    regular = determinant > np.float32(1e-6) * ss * mm
+    regular = determinant > SINGULAR * ss * mm
     inverse = ratio(1, determinant)
     up = choose(regular, (mm * right_s - sm * right_m) * inverse, ratio(right_s, ss))
     down = choose(regular, (ss * right_m - sm * right_s) * inverse, np.zeros_like(ss))

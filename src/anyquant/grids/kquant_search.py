@@ -40,7 +40,8 @@ class Objective:
 @dataclass(frozen=True)
 class Effort:
     """`steps`: how many levels more than the range has a trial scale maps the extreme weight to; negative ones beyond
-    twice the range map it to the other end. `rounds` of refinement on the stored values."""
+    twice the range map it to the other end. No step lies at a half: there the extreme weight itself would be a tie,
+    and the platform's last bit would choose. `rounds` of refinement on the stored values."""
 
     steps: tuple[float, ...]
     rounds: int
@@ -79,27 +80,27 @@ def both_ends(highest: int, count: int) -> tuple[float, ...]:
 
 FINE, COARSE = span(-0.25, 0.03, 19), span(-0.25, 0.03, 10)
 SPREAD_1, SPREAD_2 = Objective(IMPORTANCE_SPREAD, 1.0, 1.0), Objective(IMPORTANCE_SPREAD, 2.0, 2.0)
-SEVERAL = Effort(span(-0.9, 0.9, 19), 2)
+SEVERAL = Effort(span(-0.95, 0.85, 19), 2)
 
 LAYOUTS = {
     "q2_k": Layout(
         *(False, 16, 3, 15, COARSE),
-        *(Objective(ABSOLUTE, 0.0, 0.1), Effort(span(-0.5, 0.9, 8), 2)),
+        *(Objective(ABSOLUTE, 0.0, 0.1), Effort(span(-0.55, 0.85, 8), 2)),
         *(SPREAD_1, Effort(span(-0.85, 0.8, 12), 2)),
     ),
     "q3_k": Layout(
         *(True, 16, 4, 32, span(-0.15, 0.0, 9)),
-        *(Objective(SQUARE, 0.0, 2.0), Effort(both_ends(4, 5), 1)),
+        *(Objective(SQUARE, 0.0, 1.0), Effort(both_ends(4, 5), 1)),
         *(SPREAD_2, Effort(both_ends(4, 7), 2)),
     ),
     "q4_k": Layout(
         *(False, 32, 15, 63, FINE),
-        *(Objective(ABSOLUTE, 1.0, 1.0), Effort(span(-1.0, 1.0, 21), 1)),
+        *(Objective(ABSOLUTE, 1.0, 1.0), Effort(span(-1.05, 0.95, 21), 1)),
         *(SPREAD_2, SEVERAL),
     ),
     "q5_k": Layout(
         *(False, 32, 31, 63, FINE),
-        *(Objective(ABSOLUTE, 1.0, 1.0), Effort(span(-0.5, 1.0, 16), 2)),
+        *(Objective(ABSOLUTE, 1.0, 1.0), Effort(span(-0.55, 0.95, 16), 2)),
         *(SPREAD_2, SEVERAL),
     ),
     "q6_k": Layout(

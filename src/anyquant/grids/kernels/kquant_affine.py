@@ -8,6 +8,9 @@ Three stages per chunk (see kquant_chunk for its layout):
    scale, so that it makes up for the scale's rounding.
 3. rounds of refinement on the stored values: re-round the levels, move the integers of each sub-block, solve the
    2 x 2 least squares for (d, d_minimum), round to float16; each step is taken only when the error falls.
+
+Sums are over levels counted from the middle of their range (`centre`): the 2 x 2 systems are then well conditioned, and
+rounding noise does not decide between trials that are nearly equal (from 0, it cost 0.5 % of error at 5 bits).
 """
 
 import numpy as np
@@ -31,6 +34,7 @@ from anyquant.grids.kernels.kquant_chunk import (
     LEAST,
     LOSS,
     LOW,
+    MAGIC,
     MINIMUM,
     N_MM,
     N_SM,
@@ -55,6 +59,7 @@ from anyquant.grids.kernels.kquant_chunk import (
     ZERO,
     D,
     half,
+    half_step,
     load,
     nearest,
     ratio,
@@ -90,11 +95,19 @@ def summarize(highest, x, w, scratch):  # type: ignore[no-untyped-def]
 
 
 @njit(fastmath=FAST, forceinline=True)
+def middle(highest):  # type: ignore[no-untyped-def]
+    """The level that sums count from; highest is 2^n - 1."""
+    return (highest + ONE) / TWO
+
+
+@njit(fastmath=FAST, forceinline=True)
 def eight(x, w, first, lane, minimum, inverse, highest, sums):  # type: ignore[no-untyped-def]
     sum_l, sum_ll, sum_xl = sums
+    centre = middle(highest)
     for r in range(8):
         value = x[first + r, lane]
-        level = nearest((value - minimum) * inverse, ZERO, highest)
+        level = ((value - minimum) * inverse + MAGIC) - (MAGIC + centre)
+        level = min(max(level, -centre), highest - centre)
         weighted = w[first + r, lane] * level
         sum_l += weighted
         sum_ll += weighted * level
@@ -105,6 +118,7 @@ def eight(x, w, first, lane, minimum, inverse, highest, sums):  # type: ignore[n
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def search(steps, highest, x, w, scratch):  # type: ignore[no-untyped-def]
     width, lanes = x.shape
+    centre = middle(highest)
     for step in steps:
         for lane in range(lanes):
             scratch[INVERSE + lane] = ratio(highest + step, scratch[HIGH + lane] - scratch[MINIMUM + lane])
@@ -124,11 +138,15 @@ def search(steps, highest, x, w, scratch):  # type: ignore[no-untyped-def]
             determinant = total * sum_ll - sum_l * sum_l
             inverse = ratio(ONE, determinant)
             scale = (total * sum_xl - moment * sum_l) * inverse
-            minimum = (sum_ll * moment - sum_l * sum_xl) * inverse
-            scale = ratio(sum_xl, sum_ll) if minimum > ZERO else scale
-            minimum = min(minimum, ZERO)
-            explained = scale * sum_xl + minimum * moment
-            better = determinant > ZERO and explained > scratch[BEST + lane]
+            offset = (sum_ll * moment - sum_l * sum_xl) * inverse
+            bounded = offset > scale * centre or determinant < SINGULAR * total * sum_ll
+            through_zero = ratio(sum_xl + centre * moment, sum_ll + centre * (TWO * sum_l + centre * total))
+            scale = through_zero if bounded else scale
+            offset = scale * centre if bounded else offset
+            minimum = offset - scale * centre
+            explained = scale * (TWO * (sum_xl - offset * sum_l) - scale * sum_ll)
+            explained += offset * (TWO * moment - offset * total)
+            better = explained > scratch[BEST + lane]
             scratch[BEST + lane] = explained if better else scratch[BEST + lane]
             scratch[SCALE + lane] = scale if better else scratch[SCALE + lane]
             scratch[MINIMUM + lane] = minimum if better else scratch[MINIMUM + lane]
@@ -151,7 +169,7 @@ def step_by_trial(source, metric, target, trials, most, depth, lanes, scratch): 
     for trial in trials:
         span = most + trial
         for row in range(depth):
-            scratch[TRIAL + row] = half(scratch[TOP + row] / span)
+            scratch[TRIAL + row] = half_step(scratch[TOP + row] / span)
             scratch[LOSS + row] = ZERO
         for block in range(lanes // DEPTH):
             for row in range(depth):
@@ -169,7 +187,7 @@ def step_by_trial(source, metric, target, trials, most, depth, lanes, scratch): 
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def settle(trials, most, depth, lanes, scratch):  # type: ignore[no-untyped-def]
+def settle(trials, highest, most, depth, lanes, scratch):  # type: ignore[no-untyped-def]
     """Stored parameters from the ideal ones; what rounding the scale costs, once the minimum has adapted, is
     (change of scale)^2 * (sum w l^2 - (sum w l)^2 / sum w)."""
     for lane in range(lanes):
@@ -179,7 +197,8 @@ def settle(trials, most, depth, lanes, scratch):  # type: ignore[no-untyped-def]
     for lane in range(lanes):
         wanted = scratch[SCALE + lane]
         integer = nearest(ratio(wanted, scratch[D + lane]), ZERO, most)
-        change = (scratch[D + lane] * integer - wanted) * ratio(scratch[BEST_L + lane], scratch[SUM_W + lane])
+        mean = middle(highest) + ratio(scratch[BEST_L + lane], scratch[SUM_W + lane])
+        change = (scratch[D + lane] * integer - wanted) * mean
         scratch[INT_SCALE + lane] = integer
         scratch[SHIFT + lane] = max(change - scratch[MINIMUM + lane], ZERO)
     step_by_trial(SHIFT, SUM_W, D_MINIMUM, trials, most, depth, lanes, scratch)
@@ -192,6 +211,7 @@ def settle(trials, most, depth, lanes, scratch):  # type: ignore[no-untyped-def]
 def evaluate(highest, x, w, scratch):  # type: ignore[no-untyped-def]
     """Round every weight with (TRIAL, TRIAL_MINIMUM); keep those integers, and the sums, where they explain more."""
     width, lanes = x.shape
+    centre = middle(highest)
     for lane in range(lanes):
         scratch[SCALE + lane] = scratch[D + lane] * scratch[TRIAL + lane]
         scratch[SHIFT + lane] = scratch[D_MINIMUM + lane] * scratch[TRIAL_MINIMUM + lane]
@@ -207,8 +227,9 @@ def evaluate(highest, x, w, scratch):  # type: ignore[no-untyped-def]
     for lane in range(lanes):
         scale, shift = scratch[SCALE + lane], scratch[SHIFT + lane]
         sum_l, sum_ll, sum_xl = scratch[SUM_L + lane], scratch[SUM_LL + lane], scratch[SUM_XL + lane]
-        explained = scale * (TWO * (sum_xl + shift * sum_l) - scale * sum_ll)
-        explained -= shift * (TWO * scratch[SUM_WX + lane] + shift * scratch[SUM_W + lane])
+        offset = scale * centre - shift
+        explained = scale * (TWO * (sum_xl - offset * sum_l) - scale * sum_ll)
+        explained += offset * (TWO * scratch[SUM_WX + lane] - offset * scratch[SUM_W + lane])
         better = explained > scratch[BEST + lane]
         scratch[BEST + lane] = explained if better else scratch[BEST + lane]
         scratch[INT_SCALE + lane] = scratch[TRIAL + lane] if better else scratch[INT_SCALE + lane]
@@ -230,32 +251,33 @@ def neighbours(highest, most, x, w, scratch):  # type: ignore[no-untyped-def]
     evaluate(highest, x, w, scratch)
     for lane in range(lanes):
         scratch[OLD_L + lane] = scratch[BEST_L + lane]
-    for offset in range(-1, 2):
+    for change in range(-1, 2):
         for lane in range(lanes):
-            integer = min(max(scratch[OLD + lane] + np.float32(offset), ZERO), most)
-            shift = ratio(
-                scratch[D + lane] * integer * scratch[OLD_L + lane] - scratch[SUM_WX + lane], scratch[SUM_W + lane]
-            )
+            integer = min(max(scratch[OLD + lane] + np.float32(change), ZERO), most)
+            scale = scratch[D + lane] * integer
+            offset = ratio(scratch[SUM_WX + lane] - scale * scratch[OLD_L + lane], scratch[SUM_W + lane])
+            shift = scale * middle(highest) - offset
             scratch[TRIAL + lane] = integer
             scratch[TRIAL_MINIMUM + lane] = nearest(ratio(shift, scratch[D_MINIMUM + lane]), ZERO, most)
         evaluate(highest, x, w, scratch)
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-def refit(lanes, scratch):  # type: ignore[no-untyped-def]
+def refit(highest, lanes, scratch):  # type: ignore[no-untyped-def]
     """Least squares for (d, d_minimum) with levels and integers kept, rounded to float16, taken only if better."""
+    centre = middle(highest)
     for lane in range(lanes):
-        scale, minimum = scratch[INT_SCALE + lane], scratch[INT_MINIMUM + lane]
-        d, d_minimum = scratch[D + lane], scratch[D_MINIMUM + lane]
-        left = (
-            scratch[BEST_XL + lane] - d * scale * scratch[BEST_LL + lane] + d_minimum * minimum * scratch[BEST_L + lane]
-        )
-        bias = scratch[SUM_WX + lane] - d * scale * scratch[BEST_L + lane] + d_minimum * minimum * scratch[SUM_W + lane]
-        scratch[N_SS + lane] = scale * scale * scratch[BEST_LL + lane]
-        scratch[N_SM + lane] = -scale * minimum * scratch[BEST_L + lane]
-        scratch[N_MM + lane] = minimum * minimum * scratch[SUM_W + lane]
-        scratch[R_S + lane] = scale * left
-        scratch[R_M + lane] = -minimum * bias
+        integer, minimum = scratch[INT_SCALE + lane], scratch[INT_MINIMUM + lane]
+        total, sum_l, sum_ll = scratch[SUM_W + lane], scratch[BEST_L + lane], scratch[BEST_LL + lane]
+        scale = scratch[D + lane] * integer
+        offset = scale * centre - scratch[D_MINIMUM + lane] * minimum
+        left = scratch[SUM_WX + lane] - scale * sum_l - offset * total
+        left_l = scratch[BEST_XL + lane] - scale * sum_ll - offset * sum_l + centre * left
+        scratch[N_SS + lane] = integer * integer * (sum_ll + centre * (TWO * sum_l + centre * total))
+        scratch[N_SM + lane] = -integer * minimum * (sum_l + centre * total)
+        scratch[N_MM + lane] = minimum * minimum * total
+        scratch[R_S + lane] = integer * left_l
+        scratch[R_M + lane] = -minimum * left
     share_sum(N_SS, lanes, scratch)
     share_sum(N_SM, lanes, scratch)
     share_sum(N_MM, lanes, scratch)
@@ -318,8 +340,8 @@ def quantize(weights, importance, kind, factor, shape, steps, trials, rounds, ou
             weigh(kind, importance, column, factor, x, w, scratch)
             summarize(highest, x, w, scratch)
             search(steps, highest, x, w, scratch)
-            settle(trials, most, DEPTH if len(trials) else 0, lanes, scratch)
+            settle(trials, highest, most, DEPTH if len(trials) else 0, lanes, scratch)
             for _ in range(rounds):
                 neighbours(highest, most, x, w, scratch)
-                refit(lanes, scratch)
+                refit(highest, lanes, scratch)
             emit(weights, row, rows, column, width, limit, highest, scratch, out, codes)

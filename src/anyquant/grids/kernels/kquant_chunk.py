@@ -35,6 +35,7 @@ ONE = np.float32(1)
 TWO = np.float32(2)
 HALF_MAX = np.float32(LARGEST_HALF)
 SMALLEST = np.float32(TINY)
+HALF_LEAST = np.float32(2.0**-24)
 HALF_NORMAL = np.float32(2.0**-14)
 HALF_SPLIT = np.float32(2.0**13 + 1)
 HALF_FLOOR = np.float32(0.75)  # adding and removing it rounds to a multiple of 2**-24, the spacing below HALF_NORMAL
@@ -49,6 +50,17 @@ def half(value):  # type: ignore[no-untyped-def]
     tiny = (value + HALF_FLOOR) - HALF_FLOOR
     rounded = normal if abs(value) >= HALF_NORMAL else tiny
     return min(max(rounded, -HALF_MAX), HALF_MAX)
+
+
+@njit(fastmath={"nnan", "ninf", "nsz"}, forceinline=True)
+def half_step(value):  # type: ignore[no-untyped-def]
+    """`value` rounded to float16, but to the smallest one instead of 0: a step of 0 would lose the super-block."""
+    rounded = half(value)
+    if value > ZERO:
+        rounded = max(rounded, HALF_LEAST)
+    elif value < ZERO:
+        rounded = min(rounded, -HALF_LEAST)
+    return rounded
 
 
 @njit(fastmath=FAST, forceinline=True)

@@ -35,6 +35,7 @@ from anyquant.grids.kernels.kquant_chunk import (
     ZERO,
     D,
     half,
+    half_step,
     load,
     nearest,
     ratio,
@@ -111,7 +112,7 @@ def settle(trials, most, depth, scratch):  # type: ignore[no-untyped-def]
     for trial in trials:
         span = -(most + trial)
         for row in range(depth):
-            scratch[TRIAL + row] = half(scratch[TOP + row] / span)
+            scratch[TRIAL + row] = half_step(scratch[TOP + row] / span)
             scratch[LOSS + row] = ZERO
         for block in range(LANES // DEPTH):
             for row in range(depth):
