@@ -31,6 +31,7 @@ def command(
 ) -> None:
     """Run ARTIFACT in its own runtime and compare its logits with the original's: KL, same top token, perplexity."""
     from anyquant import api
+    from anyquant.pipeline.report import plain
 
     measures = api.evaluate(
         artifact,
@@ -42,6 +43,6 @@ def command(
         progress=TerminalProgress(quiet),
     )
     if as_json:
-        click.echo(json.dumps(asdict(measures), indent=1))
+        click.echo(json.dumps(plain(asdict(measures)), indent=1))
     else:
         print_measures(measures)

@@ -29,9 +29,9 @@ def command(model: str, as_json: bool, **flags: Any) -> None:
     job = planned.job
     ledger = make_ledger(job)
     if as_json:
-        plain = {"label": job.plan.label, "format": job.format.name, "bytes": job.layout.nbytes}
-        plain |= {"refusal": planned.refusal, **asdict(planned.cost), **asdict(ledger)}
-        click.echo(json.dumps(plain, indent=1, ensure_ascii=False))
+        facts = {"label": job.plan.label, "format": job.format.name, "bytes": job.layout.nbytes}
+        facts |= {"refusal": planned.refusal, **asdict(planned.cost), **asdict(ledger)}
+        click.echo(json.dumps(facts, indent=1, ensure_ascii=False))
     else:
         print_plan(planned, ledger)
     if planned.refusal:

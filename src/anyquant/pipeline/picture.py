@@ -52,13 +52,16 @@ class _Axes:
         return LEFT + (nbytes - self.small) / (self.large - self.small) * (WIDTH - LEFT - RIGHT)
 
     def y(self, kl: float) -> float:
-        share = (math.log(kl) - math.log(self.least)) / (math.log(self.most) - math.log(self.least))
+        """Values below the axis, zero among them, lie on its edge."""
+        share = (math.log(max(kl, self.least)) - math.log(self.least)) / (math.log(self.most) - math.log(self.least))
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
 
 def _axes(points: Sequence[Point], levels: Mapping[str, float], source: int) -> _Axes:
     largest = max(source, *(point.nbytes for point in points))
-    values = [v for p in points for v in (p.kl, p.low, p.high) if v > 0] + [v for v in levels.values() if v > 0]
+    values = [v for p in points for v in (p.kl, p.low, p.high) if 0 < v < math.inf] + [
+        v for v in levels.values() if v > 0
+    ]
     return _Axes(0, largest * 1.04, min(values) / 1.6, max(values) * 1.6)
 
 
@@ -83,8 +86,10 @@ def size_and_loss(points: Sequence[Point], limit: float | None, levels: Mapping[
     """An SVG of mean KL (logarithmic) against bytes, from nothing to the `source` bytes of the original.
 
     `levels` are named KL values drawn as thin lines, the `limit` of the contract as a dashed one. Points with a KL of
-    zero or below lie under the lowest value that the axis shows and are drawn on its edge.
+    zero or below lie under the lowest value that the axis shows and are drawn on its edge; those that are not finite
+    have no place.
     """
+    points = [point for point in points if math.isfinite(point.kl)]
     if not any(point.kl > 0 for point in points):
         return ""
     axes = _axes(points, {**levels, "limit": limit or 0.0}, source)
@@ -100,12 +105,12 @@ def size_and_loss(points: Sequence[Point], limit: float | None, levels: Mapping[
         y = axes.y(limit)
         marks.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         marks.append(f'<text class="limit-text" x="{x - 6:.1f}" y="{y - 6:.1f}">limit {limit:g}</text>')
-    line = " ".join(f"{axes.x(p.nbytes):.1f},{axes.y(max(p.kl, axes.least)):.1f}" for p in points)
+    line = " ".join(f"{axes.x(p.nbytes):.1f},{axes.y(p.kl):.1f}" for p in points)
     marks.append(f'<polyline class="curve" points="{line}"/>')
     delivered = {point.label for point in points if point.chosen}
     for point in points:
-        x, y = axes.x(point.nbytes), axes.y(max(point.kl, axes.least))
-        upper, lower = axes.y(max(point.high, axes.least)), axes.y(max(point.low, axes.least))
+        x, y = axes.x(point.nbytes), axes.y(point.kl)
+        upper, lower = (axes.y(end) if math.isfinite(end) else y for end in (point.high, point.low))
         kind = "chosen" if point.chosen else "point"
         title = f"{point.label}: {point.nbytes:,} bytes, mean KL {point.kl:.5f} ({point.low:.5f} to {point.high:.5f})"
         marks.append(f'<line class="bar {kind}" x1="{x:.1f}" x2="{x:.1f}" y1="{upper:.1f}" y2="{lower:.1f}"/>')

@@ -1,6 +1,8 @@
 """Report: what was asked, what was done to every byte, and what was measured. JSON, Markdown and one HTML page."""
 
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -137,20 +139,22 @@ def render_html(report: Report) -> str:
         report=report,
         pictures=report.pictures(),
         rows=summary_rows(report),
-        provenance=json.dumps(provenance, indent=1, ensure_ascii=False),
+        provenance=json.dumps(plain(provenance), indent=1, ensure_ascii=False),
     )
-    return page
+    return _encodable(page)
 
 
-def _cell(text: object) -> str:
-    return str(text).replace("|", "\\|").replace("\n", " ")
+def _safe(text: object) -> str:
+    """Text that Markdown shows as it is: names inside a checkpoint may look like tags, links and table borders."""
+    flat = " ".join(str(text).splitlines()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\|`\[\]])", r"\\\1", flat)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
     return [
         "| " + " | ".join(head) + " |",
         "|" + "|".join("---" for _ in head) + "|",
-        *("| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows),
+        *("| " + " | ".join(_safe(cell) for cell in row) + " |" for row in rows),
     ]
 
 
@@ -192,9 +196,9 @@ def summary_rows(report: Report) -> list[tuple[str, str]]:
 
 def render_markdown(report: Report) -> str:
     """The report as a page for a repository or a model card."""
-    lines = [f"# {report.label} for {report.target}: {report.status}", ""]
-    lines += [f"- {sentence}" for sentence in report.sentences]
-    lines += [f"- warning: {warning}" for warning in report.warnings]
+    lines = [f"# {_safe(report.label)} for {_safe(report.target)}: {report.status}", ""]
+    lines += [f"- {_safe(sentence)}" for sentence in report.sentences]
+    lines += [f"- warning: {_safe(warning)}" for warning in report.warnings]
     lines += ["", *_table(("", ""), summary_rows(report)), "", "## Measured", ""]
     lines += _table(
         ("", "bytes", "mean KL", "interval", ""),
@@ -224,9 +228,24 @@ def render_markdown(report: Report) -> str:
             for line in report.ledger.lines
         ],
     )
-    lines += [f"- unused: {name} ({nbytes:,} bytes): {why}" for name, nbytes, why in report.ledger.unused]
-    return "\n".join(lines) + "\n"
+    lines += [f"- unused: {_safe(name)} ({nbytes:,} bytes): {_safe(why)}" for name, nbytes, why in report.ledger.unused]
+    return _encodable("\n".join(lines) + "\n")
 
 
 def render_json(report: Report) -> str:
-    return json.dumps(report.as_dict(), indent=1, ensure_ascii=False) + "\n"
+    """Strict JSON: a figure that is not finite is null."""
+    return _encodable(json.dumps(plain(report.as_dict()), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """Nested data as strict JSON holds it: null for figures that are not finite."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _encodable(text: str) -> str:
+    """File names that are not Unicode reach Python as lone surrogates, which UTF-8 does not hold."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
