@@ -1,6 +1,7 @@
 """Publishing under every single fault: a clean error and the old state, or success and the new one."""
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,9 @@ def fresh(folder: Path, overwrite: bool) -> Path:
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS])
 def test_nth_call_fails(tmp_path: Path, overwrite: bool, kind: type[Failing], code: int) -> None:
     before = b"old" if overwrite else None
+    descriptors = len(os.listdir("/dev/fd"))  # noqa: PTH208 - Path.iterdir holds one more open
     for number in range(1000):
+        assert len(os.listdir("/dev/fd")) == descriptors  # noqa: PTH208
         out = fresh(tmp_path / str(number), overwrite)
         system = kind(number, code)
         try:

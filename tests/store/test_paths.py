@@ -22,6 +22,7 @@ HOSTILE = [
     "C:x",
     "a\x00b",
     "a\nb",
+    "a\x1fb",
     "\x7f",
     "NUL",
     "aux.safetensors",
@@ -43,6 +44,7 @@ def test_part_length_limit() -> None:
     assert refuse_name("x" * (limits.PATH_PART_BYTES + 1)) is not None
     assert refuse_name("é" * 128) is not None  # 256 bytes
     assert refuse_name("a/b..c/.hidden") is None
+    assert refuse_name("with a space") is None
 
 
 def read(root: Path, name: str) -> bytes:
@@ -100,8 +102,15 @@ def test_links_of_the_hub_cache_reach_their_own_blobs_only(tmp_path: Path) -> No
     (snapshot / "beside").symlink_to("../../refs")
     (snapshot / "above").symlink_to("../../blobs/../refs")
     (snapshot / "chained").symlink_to("../../blobs/chain")
+    (snapshot / "dangling").symlink_to("../../blobs/00")
+    before = open_descriptors()
     for name in ("foreign", "beside", "above", "chained"):
         with pytest.raises(BadInputError):
             read(snapshot, name)
-    (snapshot / "dangling").symlink_to("../../blobs/00")
     assert find_inside(snapshot, "dangling") is None
+    assert read(snapshot, "good") == b"blob"
+    assert open_descriptors() == before
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/dev/fd"))  # noqa: PTH208 - Path.iterdir holds one more open
