@@ -12,8 +12,10 @@ gguf-py's quants.py, bit for bit.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from anyquant.core.dtypes import Float32
 from anyquant.core.errors import AnyQuantError, UnsupportedError
@@ -37,11 +39,6 @@ class KQuant(Grid):
         """What is subtracted from a code to get its level."""
         return self.layout.highest if self.layout.symmetric else 0
 
-    @property
-    def levels(self) -> int:
-        """Number of codes."""
-        return 1 << self.code_bits
-
     def quantize(
         self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None
     ) -> tuple[Params, Codes]:
@@ -58,17 +55,27 @@ class KQuant(Grid):
         return self.quantize(weights, importance, shared)[0]
 
     def encode(self, weights: Float32, params: Params, columns: slice | None = None) -> Codes:
-        scale, shift = self._scale_and_shift(params, self._positions(params, columns))
-        usable = scale != 0
-        levels = np.divide(weights + shift, scale, out=np.zeros_like(scale), where=usable)
-        lowest = -self.offset
-        codes: Codes = (np.clip(np.rint(levels), lowest, lowest + self.levels - 1) - lowest).astype(np.uint8)
-        return codes
+        at = self._place(params, columns)
+        scale, shift = self._scale_and_shift(params, at)
+        inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
+        lowest = np.float32(-self.offset)
+        levels = (at.split(weights) + at.spread(shift)) * at.spread(inverse)
+        np.rint(levels, out=levels)
+        np.maximum(levels, lowest, out=levels)
+        np.minimum(levels, lowest + np.float32(2**self.code_bits - 1), out=levels)
+        levels -= lowest
+        return levels.astype(np.uint8).reshape(weights.shape)
 
     def decode(self, codes: Codes, params: Params, columns: slice | None = None) -> Float32:
-        scale, shift = self._scale_and_shift(params, self._positions(params, columns))
-        values: Float32 = scale * (codes.astype(np.float32) - np.float32(self.offset))
-        return values if self.layout.symmetric else values - shift
+        at = self._place(params, columns)
+        scale, shift = self._scale_and_shift(params, at)
+        values: Float32 = at.split(codes).astype(np.float32)
+        if self.offset:
+            values -= np.float32(self.offset)
+        values *= at.spread(scale)
+        if not self.layout.symmetric:
+            values -= at.spread(shift)
+        return values.reshape(codes.shape)
 
     def weighting(self, weights: Float32, importance: Float32 | None = None) -> Float32:
         """ggml's weight of each squared error, with `importance` as given."""
@@ -83,29 +90,47 @@ class KQuant(Grid):
             raise UnsupportedError(f"{self.name}: {reason}")
         return None if importance is None else relative_importance(importance, weights.shape[1])
 
-    def _positions(self, params: Params, columns: slice | None) -> np.ndarray[tuple[int], np.dtype[np.intp]]:
+    def _place(self, params: Params, columns: slice | None) -> "Place":
         total = params["d"].shape[1] * SUPER
         start, stop, step = (columns or slice(None)).indices(total)
         if step != 1:
             raise AnyQuantError(f"{self.name}: a slice of columns must be contiguous, got step {step}")
-        return np.arange(start, max(start, stop))
+        return Place(start, max(start, stop), self.layout.width)
 
-    def _scale_and_shift(
-        self, params: Params, positions: np.ndarray[tuple[int], np.dtype[np.intp]]
-    ) -> tuple[Float32, Float32]:
-        """What a level is multiplied with and what is then subtracted, per weight (rows, len(positions)).
-
-        One product per sub-block in float32, as gguf-py computes it.
-        """
-        first, last = (positions[0], positions[-1]) if len(positions) else (0, -1)
-        blocks = np.arange(first // self.layout.width, last // self.layout.width + 1)
-        owners = blocks * self.layout.width // SUPER
-        inside = positions // self.layout.width - first // self.layout.width
-        scale = params["d"][:, owners].astype(np.float32) * params["scale"][:, blocks].astype(np.float32)
+    def _scale_and_shift(self, params: Params, at: "Place") -> tuple[Float32, Float32]:
+        """What a level is multiplied with and what is then subtracted, per sub-block, in gguf's order."""
+        owners = at.blocks * self.layout.width // SUPER
+        scale = params["d"][:, owners].astype(np.float32) * params["scale"][:, at.blocks].astype(np.float32)
         if self.layout.symmetric:
-            return scale[:, inside], np.zeros((1, 1), dtype=np.float32)
-        shift = params["dmin"][:, owners].astype(np.float32) * params["minimum"][:, blocks].astype(np.float32)
-        return scale[:, inside], shift[:, inside]
+            return scale, np.zeros_like(scale)
+        return scale, params["dmin"][:, owners].astype(np.float32) * params["minimum"][:, at.blocks].astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Columns [start, stop) and the sub-blocks that they touch. Whole sub-blocks are handled by broadcasting."""
+
+    start: int
+    stop: int
+    width: int
+
+    @property
+    def blocks(self) -> npt.NDArray[np.intp]:
+        return np.arange(self.start // self.width, -(-self.stop // self.width))
+
+    @property
+    def whole(self) -> bool:
+        return self.start % self.width == 0 and self.stop % self.width == 0
+
+    def split(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Values per weight, (rows, columns), as (rows, sub-blocks, width) when these are whole."""
+        return values.reshape(len(values), len(self.blocks), self.width) if self.whole else values
+
+    def spread(self, values: Float32) -> Float32:
+        """Values per sub-block in a shape that fits `split`."""
+        if self.whole:
+            return values[:, :, None]
+        return values[:, np.arange(self.start, self.stop) // self.width - self.start // self.width]
 
 
 def make(name: str) -> KQuant:

@@ -105,8 +105,8 @@ LAYOUTS = {
     ),
     "q6_k": Layout(
         *(True, 16, 32, 128, span(-0.25, 0.02, 11)),
-        *(Objective(SQUARE, 0.0, 0.5), Effort(both_ends(32, 7), 1)),
-        *(Objective(IMPORTANCE, 0.0, 0.0), Effort(both_ends(32, 7), 1)),
+        *(Objective(SQUARE, 0.0, 0.5), Effort(both_ends(32, 5), 1)),
+        *(Objective(IMPORTANCE, 0.0, 0.0), Effort(both_ends(32, 5), 1)),
     ),
 }
 
@@ -134,15 +134,16 @@ def objective_weights(
     """The weight of each squared error, shape of `weights` (rows, in); kinds without importance do not read it."""
     if objective.kind == IMPORTANCE:
         return np.broadcast_to(importance, weights.shape)
-    squares = weights * weights
     size = width if objective.kind == ABSOLUTE else SUPER
-    mean = squares.reshape(weights.shape[0], -1, size).mean(axis=2).repeat(size, axis=1)
+    x = weights.reshape(weights.shape[0], -1, size)
+    squares = x * x
+    mean = squares.mean(axis=2, keepdims=True)
     scale = np.float32(factor)
     weighting: Float32
     if objective.kind == ABSOLUTE:
-        weighting = np.abs(weights) + scale * np.sqrt(mean)
+        weighting = np.abs(x) + scale * np.sqrt(mean)
     elif objective.kind == SQUARE:
         weighting = squares + scale * mean
     else:
-        weighting = importance * np.sqrt(scale * mean + squares)
-    return weighting
+        weighting = np.sqrt(squares + scale * mean).reshape(weights.shape) * importance
+    return weighting.reshape(weights.shape)
