@@ -109,21 +109,6 @@ def share_sum(source, lanes, scratch):  # type: ignore[no-untyped-def]
         reach *= 2
 
 
-@njit(fastmath=FAST, forceinline=True)
-def share_maximum(source, lanes, scratch):  # type: ignore[no-untyped-def]
-    """Every lane of a super-block gets the largest of its lanes."""
-    reach = lanes // 2
-    while reach >= DEPTH:
-        for lane in range(reach):
-            scratch[source + lane] = max(scratch[source + lane], scratch[source + reach + lane])
-        reach //= 2
-    reach = DEPTH
-    while reach < lanes:
-        for lane in range(reach):
-            scratch[source + reach + lane] = scratch[source + lane]
-        reach *= 2
-
-
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def super_mean_square(x, scratch):  # type: ignore[no-untyped-def]
     """Mean of x^2 over each super-block, into every lane of ERROR."""
