@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from anyquant.algorithms import ALGORITHMS
+from anyquant.algorithms.base import complete_options
 from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.errors import AnyQuantError, UnsupportedError, UsageError
 from anyquant.core.linear import Linear, Role
@@ -45,12 +46,14 @@ def _base(
     architecture: Architecture, checkpoint: Checkpoint, target: Rules, recipe: Recipe, importance: bool
 ) -> dict[str, tuple[str, str]]:
     """Linear name to (grid, reason) before rules."""
-    if recipe.preset is not None:
-        return dict(target.preset(recipe.preset, architecture, importance))
+    named = None if recipe.preset is None else target.preset(recipe.preset, architecture, importance)
     chosen: dict[str, tuple[str, str]] = {}
     for linear in architecture.linears:
         source = stored_grid(checkpoint, linear.view.tensor)
-        if recipe.grid is None:
+        if named is not None:
+            grid, reason = named[linear.name]
+            chosen[linear.name] = (grid or source, reason)
+        elif recipe.grid is None:
             chosen[linear.name] = (source, "no rule names it: kept as stored")
         elif linear.role in APART:
             chosen[linear.name] = target.default_grid(linear, architecture, recipe.grid, source)
@@ -133,7 +136,8 @@ def make_plan(
     _apply_rules(decisions, architecture, recipe)
     by_name = architecture.by_name
     for name, decision in decisions.items():
-        ALGORITHMS.get(decision.algorithm)
+        algorithm = ALGORITHMS.get(decision.algorithm)
+        complete_options(algorithm.name, decision.options, algorithm.options)
         decisions[name] = _fit(decision, by_name[name], target)
     return Plan(
         family=architecture.family,
