@@ -37,7 +37,9 @@ def load_splits(tokenizer: Tokenizer, architecture: Architecture, calibration: C
     if calibration.text is None:
         return demo_splits(tokenizer, context)
     amounts = Amounts(tokens=(calibration.tokens, calibration.tokens // 3, calibration.tokens * 2 // 3))
-    documents = read_documents(Path(calibration.text), tokenizer, context, tokens=sum(amounts.tokens))
+    # few tokens must not make the text look short: the fewest documents of all splits are read in any case
+    tokens = max(sum(amounts.tokens), sum(amounts.documents) * context)
+    documents = read_documents(Path(calibration.text), tokenizer, context, tokens=tokens)
     return split(documents, amounts)
 
 
