@@ -172,10 +172,16 @@ def evaluate(
 
 
 def run(
-    artifact: str | Path, prompt: str, *, tokens: int = 64, temperature: float = 0.0, seed: int = 0
+    artifact: str | Path,
+    prompt: str,
+    *,
+    tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    threads: int | None = None,
 ) -> Iterator[str]:
     """Generate from `prompt` with an artifact in its own runtime, piece by piece."""
-    return artifacts.generate(Path(artifact), prompt, tokens, temperature, seed)
+    return artifacts.generate(Path(artifact), prompt, tokens, temperature, seed, threads or cores())
 
 
 __all__ = ["Calibration", "Contract", "Recipe", "Report", "evaluate", "inspect", "make", "plan", "run"]

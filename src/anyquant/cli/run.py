@@ -11,11 +11,14 @@ import click
 @click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="Most tokens to generate.")
 @click.option("--temperature", type=click.FloatRange(0.0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--seed", type=int, default=0, show_default=True)
-def command(artifact: Path, prompt: str, tokens: int, temperature: float, seed: int) -> None:
+@click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Cores to use (default: all).")
+def command(artifact: Path, prompt: str, tokens: int, temperature: float, seed: int, threads: int | None) -> None:
     """Continue PROMPT with ARTIFACT, in the runtime it was made for."""
     from anyquant import api
 
-    click.echo(prompt, nl=False)
-    for piece in api.run(artifact, prompt, tokens=tokens, temperature=temperature, seed=seed):
+    pieces = api.run(artifact, prompt, tokens=tokens, temperature=temperature, seed=seed, threads=threads)
+    first = next(pieces, "")  # the artifact is open now: an error would have come before anything is shown
+    click.echo(prompt + first, nl=False)
+    for piece in pieces:
         click.echo(piece, nl=False)
     click.echo()

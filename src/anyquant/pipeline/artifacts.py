@@ -114,10 +114,10 @@ def evaluate(artifact: Path, against: Path, judging: Judging, progress: Progress
         reference.close()
 
 
-def generate(artifact: Path, prompt: str, tokens: int, temperature: float, seed: int) -> Iterator[str]:
+def generate(artifact: Path, prompt: str, tokens: int, temperature: float, seed: int, threads: int) -> Iterator[str]:
     """Text that follows `prompt`, piece by piece."""
     open_checkpoint(artifact)
     runtime = RUNTIMES.get(runtime_name(artifact))
     needed = len(prompt.encode()) + tokens + 16  # a token is at least a byte
-    with runtime.load(entry_of(artifact), context=min(needed, 1 << 16)) as session:
+    with runtime.load(entry_of(artifact), context=min(needed, 1 << 16), threads=threads) as session:
         yield from session.generate(prompt, tokens, temperature, seed)
