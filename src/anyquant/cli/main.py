@@ -2,7 +2,9 @@
 
 import importlib
 import os
+import signal
 import sys
+from types import FrameType
 
 import click
 
@@ -50,10 +52,27 @@ def anyquant() -> None:
     """
 
 
+class Interrupted(BaseException):
+    """A signal asks the run to end. Not an Exception, so that nothing on the way takes it for a failure of its own."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Unwind, so that what was begun is removed; a second signal ends the process at once."""
+    signal.signal(number, signal.SIG_DFL)
+    raise Interrupted(number)
+
+
 def main() -> None:
     """Entry point: AnyQuant's own errors become one line and their exit code."""
     # tokenizers warns about forked processes on every run otherwise; nothing here forks
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # the libraries' own progress bars would be drawn through ours
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
         anyquant.main(standalone_mode=False)
     except AnyQuantError as error:
@@ -66,9 +85,9 @@ def main() -> None:
         hint = f" (see: {error.ctx.command_path} --help)" if isinstance(error, click.UsageError) and error.ctx else ""
         click.echo(f"anyquant: {error.format_message()}{hint}", err=True)
         sys.exit(2)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("anyquant: interrupted; nothing was published", err=True)
-        sys.exit(130)
+    except Interrupted as error:
+        click.echo("anyquant: interrupted; no unfinished output was left behind", err=True)
+        sys.exit(128 + error.number)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
