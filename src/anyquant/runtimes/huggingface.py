@@ -4,6 +4,8 @@ The model class is chosen from the families we support, never from the folder (`
 downloaded.
 """
 
+import contextlib
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -53,11 +55,14 @@ class HuggingFaceSession:
             self._torch.set_num_threads(threads)
         transformers = require("transformers")
         transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
         model_class = getattr(transformers, FAMILIES[str(_config(folder)["model_type"])][1])
         try:
-            self._model = model_class.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, dtype=self._torch.float32
-            ).eval()
+            # compressed-tensors draws progress bars that cannot be switched off
+            with contextlib.redirect_stderr(io.StringIO()):
+                self._model = model_class.from_pretrained(
+                    folder, local_files_only=True, use_safetensors=True, dtype=self._torch.float32
+                ).eval()
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise BadInputError(f"{folder}: transformers cannot load it: {error}") from None
         self._tokenizer = require("tokenizers").Tokenizer.from_file(str(folder / TOKENIZER))
