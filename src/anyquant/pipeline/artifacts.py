@@ -8,21 +8,26 @@ from tempfile import gettempdir
 
 from anyquant.calibrate.text import demo_splits, read_documents
 from anyquant.core.checkpoint import Checkpoint, TensorSpec
-from anyquant.core.errors import AnyQuantError, InconclusiveError
+from anyquant.core.errors import AnyQuantError, InconclusiveError, UsageError
 from anyquant.core.progress import Progress
 from anyquant.evaluate.measures import Measures
+from anyquant.grids import grid as find_grid
 from anyquant.models.detect import detect
 from anyquant.pipeline.measure import ReferenceLogits, compare
 from anyquant.pipeline.texts import source_tokenizer
 from anyquant.runtimes import RUNTIMES
 from anyquant.runtimes.transformers import TransformersRuntime
 from anyquant.store.gguf import GGUFFile
-from anyquant.store.open import open_checkpoint
+from anyquant.store.manifest import read_manifest
+from anyquant.store.open import is_state, open_checkpoint
+from anyquant.store.state import StateReader
+
+LONGEST = 1 << 16  # tokens of a prompt and its continuation where the model does not say
 
 
 @dataclass(frozen=True)
 class Contents:
-    """`kind` is "gguf" or "safetensors"; `problem` says why the family is unknown, when it is."""
+    """`kind` is "gguf", "safetensors" or "state" (bytes as the grid packs them); `problem` says why the family is unknown, when it is."""
 
     location: str
     kind: str
@@ -52,6 +57,8 @@ class Contents:
 
 def inspect(path: Path) -> Contents:
     """Read headers only."""
+    if path.is_dir() and is_state(path):
+        return _state(path)
     checkpoint = open_checkpoint(path)
     tensors = tuple(checkpoint.spec(name) for name in checkpoint.names())
     if isinstance(checkpoint, GGUFFile):
@@ -63,6 +70,18 @@ def inspect(path: Path) -> Contents:
         family = str(checkpoint.config.get("model_type", "unknown"))
         return Contents(str(path), "safetensors", family, tensors, checkpoint.config, None, str(error))
     return Contents(str(path), "safetensors", architecture.family, tensors, checkpoint.config, architecture.tied, "")
+
+
+def _state(folder: Path) -> Contents:
+    """The entries of a neutral state, each as a tensor on its grid."""
+    read_manifest(folder)
+    reader = StateReader(folder, find_grid)
+    entries = {name: reader.entry(name) for name in reader.names()}
+    tensors = tuple(
+        TensorSpec(name, entry.grid.name, entry.shape, entry.grid.bits(entry.shape) // 8)
+        for name, entry in entries.items()
+    )
+    return Contents(str(folder), "state", str(reader.plan.get("family")), tensors, {}, None, "")
 
 
 @dataclass(frozen=True)
@@ -115,9 +134,19 @@ def evaluate(artifact: Path, against: Path, judging: Judging, progress: Progress
 
 
 def generate(artifact: Path, prompt: str, tokens: int, temperature: float, seed: int, threads: int) -> Iterator[str]:
-    """Text that follows `prompt`, piece by piece."""
-    open_checkpoint(artifact)
+    """Text that follows `prompt`, piece by piece. Raises UsageError when the prompt is longer than the model takes."""
+    most = _context(open_checkpoint(artifact))
     runtime = RUNTIMES.get(runtime_name(artifact))
-    needed = len(prompt.encode()) + tokens + 16  # a token is at least a byte
-    with runtime.load(entry_of(artifact), context=min(needed, 1 << 16), threads=threads) as session:
-        yield from session.generate(prompt, tokens, temperature, seed)
+    needed = len(prompt.encode(errors="replace")) + tokens + 16  # a token is at least a byte
+    with runtime.load(entry_of(artifact), context=min(needed, most), threads=threads) as session:
+        count = len(session.tokenize(prompt))
+        if count >= most:
+            raise UsageError(f"the prompt has {count} tokens, the model takes {most}; shorten it")
+        yield from session.generate(prompt, min(tokens, most - count), temperature, seed)
+
+
+def _context(checkpoint: Checkpoint) -> int:
+    """Tokens that the model was made for, as its own metadata says."""
+    family = checkpoint.metadata.get("general.architecture")
+    stated = checkpoint.metadata.get(f"{family}.context_length") or checkpoint.config.get("max_position_embeddings")
+    return stated if isinstance(stated, int) and stated > 0 else LONGEST

@@ -57,7 +57,6 @@ def write_state(
             progress.advance(linear.view.rows * linear.view.columns)
         _write_carried(job, stage)
         state.write_plan(_plain_plan(job), keys)
-    (stage.folder / ".lock").unlink(missing_ok=True)
     progress.finish()
     return keys
 

@@ -7,6 +7,7 @@ from anyquant.core.errors import BadInputError, UnsupportedError
 from anyquant.store.gguf import GGUFFile
 from anyquant.store.manifest import read_manifest
 from anyquant.store.safetensors import INDEX, SafetensorsCheckpoint
+from anyquant.store.state import ENTRIES, PLAN
 from anyquant.store.system import SYSTEM, System
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -30,6 +31,11 @@ def open_checkpoint(path: Path, system: System = SYSTEM) -> Checkpoint:
     raise UnsupportedError(f"{path}: neither a model folder nor a .gguf or .safetensors file")
 
 
+def is_state(folder: Path) -> bool:
+    """Whether a folder holds a neutral quantized state rather than a model."""
+    return (folder / PLAN).is_file() and (folder / ENTRIES).is_dir()
+
+
 def _open_gguf(path: Path, system: System) -> GGUFFile:
     file = GGUFFile(path, system)
     parts = file.metadata.get("split.count", 1)
@@ -40,6 +46,10 @@ def _open_gguf(path: Path, system: System) -> GGUFFile:
 
 def _open_folder(folder: Path, system: System) -> Checkpoint:
     read_manifest(folder, system)
+    if is_state(folder):
+        raise UnsupportedError(
+            f"{folder}: a neutral quantized state, not a model with its weights; make the target from the source model"
+        )
     found: dict[str, list[Path]] = {}
     for child in sorted(folder.iterdir()):
         found.setdefault(child.suffix, []).append(child)
