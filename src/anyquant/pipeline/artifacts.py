@@ -27,7 +27,10 @@ LONGEST = 1 << 16  # tokens of a prompt and its continuation where the model doe
 
 @dataclass(frozen=True)
 class Contents:
-    """`kind` is "gguf", "safetensors" or "state" (bytes as the grid packs them); `problem` says why the family is unknown, when it is."""
+    """`kind` is "gguf", "safetensors" or "state" (bytes as the grid packs them).
+
+    `problem` says why the family is unknown, when it is.
+    """
 
     location: str
     kind: str
