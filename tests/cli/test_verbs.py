@@ -1,0 +1,249 @@
+"""Every verb on a real model: made, planned, looked into, measured and run, with the real runtimes."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from anyquant.cli.main import VERBS
+from anyquant.store.manifest import read_manifest
+from cli.conftest import Call
+
+Model = Callable[[str], Path]
+SHORT = ("--context", "64", "--tokens", "512", "--threads", "1", "-q")
+
+
+def test_help_lists_the_verbs(call: Call) -> None:
+    top = call("--help")
+    assert top.code == 0
+    for verb in VERBS:
+        assert verb in top.out
+        page = call(verb, "--help")
+        assert page.code == 0
+        assert "Usage" in page.out
+    assert call("--version").out.startswith("anyquant")
+    assert call().code == 2
+
+
+def test_the_main_job(call: Call, model: Model, text: Path, tmp_path: Path) -> None:
+    """Measured in llama.cpp, within a limit; then every other verb on what was made."""
+    out = tmp_path / "out"
+    source = model("llama")
+    made = call(
+        "make", source, "--for", "llama.cpp", "--preset", "F16", "--max-kl", "0.01", "--text", text, *SHORT, "-o", out
+    )
+    assert made.code == 0, made.err
+    assert "pass" in made.out
+    assert made.err == ""
+    assert sorted(path.name for path in out.iterdir()) == [
+        "anyquant-manifest.json",
+        "model.gguf",
+        "report.html",
+        "report.json",
+        "report.md",
+    ]
+    assert read_manifest(out) is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    report = json.loads((out / "report.json").read_text())
+    size = (out / "model.gguf").stat().st_size
+    assert report["status"] == "pass"
+    assert report["nbytes"] == size
+    assert 0 <= report["loss"]["mean_kl"][0] < 0.01
+    assert report["conversion"]["tokens_equal"]
+    assert report["loss"]["documents"] >= 30
+
+    planned = call("plan", source, "--for", "llama.cpp", "--preset", "F16", "--json")
+    assert planned.code == 0, planned.err
+    assert json.loads(planned.out)["bytes"] == size
+
+    seen = call("inspect", out, "--json")
+    assert seen.code == 0, seen.err
+    contents = json.loads(seen.out)
+    assert (contents["kind"], contents["family"]) == ("gguf", "llama")
+    assert call("inspect", out, "--tensors").out.count("blk.1.") == 9
+    assert "llama" in call("inspect", source).out
+
+    measured = call(
+        "evaluate",
+        out,
+        "--against",
+        source,
+        "--text",
+        text,
+        "--tokens",
+        "2200",
+        "--threads",
+        "1",
+        "--context",
+        "64",
+        "--json",
+        "-q",
+    )
+    assert measured.code == 0, measured.err
+    assert json.loads(measured.out)["mean_kl"]["value"] < 0.01
+
+    spoken = call("run", out, "the model reads", "--threads", "1", "--tokens", "8")
+    assert spoken.code == 0, spoken.err
+    assert spoken.out.strip()
+
+
+def test_a_contract_that_is_not_met_is_published_with_its_verdict(
+    call: Call, model: Model, text: Path, tmp_path: Path
+) -> None:
+    limits = ("--max-kl", "1e-6", "--min-same-top", "1")
+    made = call(
+        "make",
+        model("llama"),
+        "--for",
+        "llama.cpp",
+        "--grid",
+        "q4_0",
+        *limits,
+        "--text",
+        text,
+        *SHORT,
+        "-o",
+        tmp_path / "out",
+        "--json",
+    )
+    assert made.code == 3, made.err
+    assert json.loads(made.out)["status"] == "fail"
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == json.loads(made.out)
+
+
+def test_a_quality_climbs_the_presets(call: Call, model: Model, text: Path, tmp_path: Path) -> None:
+    """The test models are peaked, so that nothing below the float presets keeps the strictest quality."""
+    out = tmp_path / "out"
+    made = call(
+        "make", model("qwen2"), "--for", "llama.cpp", "--quality", "lossless", "--text", text, *SHORT, "-o", out
+    )
+    report = json.loads((out / "report.json").read_text())
+    assert (made.code, report["status"]) == (0, "pass"), made.err
+    sizes = [point["nbytes"] for point in report["points"]]
+    assert sizes == sorted(sizes)
+    assert report["points"][-1]["chosen"]
+    assert report["points"][-1]["label"] == report["points"][-2]["label"]
+    # every rung below was measured and was worse than the limit, the chosen one is the first that is not
+    worse = [point["high"] > 0.0014 for point in report["points"][:-1]]
+    assert worse == [True] * (len(worse) - 1) + [False]
+
+
+@pytest.mark.parametrize("target", ["vllm", "transformers"])
+def test_a_folder_for_transformers(call: Call, model: Model, text: Path, tmp_path: Path, target: str) -> None:
+    out = tmp_path / "out"
+    made = call("make", model("llama"), "--for", target, "--text", text, *SHORT, "-o", out)
+    assert made.code == 0, made.err
+    report = json.loads((out / "report.json").read_text())
+    assert report["status"] == "measured"
+    assert report["conversion"]["mean_kl"] < 1e-4
+    assert call("inspect", out).code == 0
+
+
+def test_the_neutral_state(call: Call, model: Model, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    made = call("make", model("qwen3_moe"), "--grid", "q4_0", "--data-free", "-q", "-o", out)
+    assert made.code == 0, made.err
+    assert (out / "plan.json").exists()
+    assert read_manifest(out) is not None
+    planned = call("plan", model("qwen3_moe"), "--grid", "q4_0", "--data-free", "--json")
+    kept = {"report.json", "report.md", "report.html", "anyquant-manifest.json", "plan.json"}
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file() and path.name not in kept)
+    assert json.loads(planned.out)["bytes"] == size
+
+
+def test_experts_are_planned_then_refused(call: Call, model: Model) -> None:
+    planned = call("plan", model("mixtral"), "--for", "llama.cpp", "--preset", "Q4_K_M", "--json")
+    assert planned.code == 6
+    assert planned.err.count("\n") == 1
+    ledger = json.loads(planned.out)
+    assert "mixture-of-experts" in ledger["refusal"]
+    names = {line["name"] for line in ledger["lines"]}
+    assert {f"blocks.{block}.experts.{expert}.ffn_down" for block in (0, 1) for expert in range(4)} < names
+    assert ledger["bytes"] == sum(line["target_bytes"] for line in ledger["lines"])
+    assert "experts.3.ffn_up" in call("plan", model("mixtral"), "--for", "llama.cpp").out
+
+
+def test_a_recipe_file(call: Call, model: Model, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        'version = 1\npreset = "Q8_0"\n[[rule]]\nrole = "attn_v"\ngrid = "f16"\n[calibration]\ndata_free = true\n'
+    )
+    made = call(
+        "make", model("llama"), "--for", "llama.cpp", "--recipe", recipe, "--head", "f32", "-q", "-o", tmp_path / "out"
+    )
+    assert made.code == 0, made.err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    applied = {line["name"]: line["applied"] for line in report["ledger"]["lines"]}
+    assert (applied["blocks.0.attn_v"], applied["head"], applied["blocks.0.attn_q"]) == ("f16", "f32", "q8_0")
+    assert report["recipe"]["calibration"]["data_free"]
+
+
+def test_force_replaces_only_what_anyquant_made(call: Call, model: Model, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    job = ("make", model("llama"), "--for", "llama.cpp", "--data-free", "-q", "-o", out, "--preset")
+    assert call(*job, "F16").code == 0
+    before = (out / "model.gguf").read_bytes()
+    refused = call(*job, "Q8_0")
+    assert refused.code == 7
+    assert "--force" in refused.err
+    assert (out / "model.gguf").read_bytes() == before
+    assert call(*job, "Q8_0", "--force").code == 0
+    assert (out / "model.gguf").stat().st_size < len(before)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, **more}
+
+
+def test_the_same_bytes_whatever_the_hash_seed_and_without_torch(model: Model, tmp_path: Path) -> None:
+    """A data-free run in a process that cannot import torch, twice, with different seeds and threads."""
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.modules['transformers'] = None\n"
+        "from anyquant.cli.main import main; main()"
+    )
+    found = []
+    for seed, threads in (("1", "1"), ("2", "2")):
+        out = tmp_path / seed
+        flags = ["--for", "llama.cpp", "--preset", "Q4_K_M", "--data-free", "--threads", threads, "-o", str(out)]
+        run = subprocess.run(
+            [sys.executable, "-c", code, "make", str(model("llama")), *flags],
+            env=environment(PYTHONHASHSEED=seed),
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stderr
+        report = json.loads((out / "report.json").read_text())
+        for varying in ("seconds", "peak_memory"):
+            del report[varying]
+        found.append(((out / "model.gguf").read_bytes(), report))
+    assert found[0][0] == found[1][0]
+    assert found[0][1] == found[1][1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["make", "--help"],
+        ["plan", "MODEL", "--for", "llama.cpp", "--preset", "Q4_K_M"],
+        ["inspect", "MODEL"],
+    ],
+    ids=["help", "help of a verb", "plan", "inspect"],
+)
+def test_light_verbs_load_nothing_heavy(model: Model, arguments: list[str]) -> None:
+    code = (
+        "import sys, atexit\n"
+        "heavy = {'torch', 'numba', 'llvmlite', 'transformers', 'tokenizers', 'xllamacpp', 'compressed_tensors'}\n"
+        "atexit.register(lambda: print('HEAVY', sorted(heavy & set(sys.modules)), file=sys.stderr))\n"
+        "import anyquant\n"
+        "from anyquant.cli.main import main; main()"
+    )
+    real = [str(model("llama")) if argument == "MODEL" else argument for argument in arguments]
+    run = subprocess.run([sys.executable, "-c", code, *real], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == "HEAVY []\n"
