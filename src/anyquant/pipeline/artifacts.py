@@ -14,6 +14,7 @@ from anyquant.evaluate.measures import Measures
 from anyquant.grids import grid as find_grid
 from anyquant.models.detect import detect
 from anyquant.pipeline.measure import ReferenceLogits, compare
+from anyquant.pipeline.targets import expect_libraries
 from anyquant.pipeline.texts import source_tokenizer
 from anyquant.runtimes import RUNTIMES
 from anyquant.runtimes.transformers import TransformersRuntime
@@ -115,6 +116,7 @@ def evaluate(artifact: Path, against: Path, judging: Judging, progress: Progress
 
     On the default text only its *certify* documents are used, so that a run of `make` can be reproduced.
     """
+    expect_libraries(runtime_name(artifact))
     open_checkpoint(artifact)  # refuses a damaged or incomplete artifact with a reason
     source: Checkpoint = open_checkpoint(against)
     architecture = detect(source)

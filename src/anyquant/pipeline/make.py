@@ -28,7 +28,7 @@ from anyquant.pipeline.recipe import Recipe
 from anyquant.pipeline.report import Report
 from anyquant.pipeline.run import Importance, Unweighted
 from anyquant.pipeline.statistics import gather
-from anyquant.pipeline.targets import Target
+from anyquant.pipeline.targets import Target, expect_libraries
 from anyquant.pipeline.texts import DEFAULT_TEXT_WARNING, describe, load_splits, source_tokenizer
 from anyquant.pipeline.verify import Verified
 from anyquant.runtimes.transformers import TransformersRuntime
@@ -101,6 +101,8 @@ class Maker:
         """
         request = self.request
         plans = self._plans()
+        if self.measuring:
+            expect_libraries(request.target.runtime)
         largest = max(job.layout.nbytes for job in plans)
         with Stage(request.out, request.overwrite, needed=largest) as stage:
             splits, tokenizer = self._texts()

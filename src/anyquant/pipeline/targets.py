@@ -4,16 +4,21 @@ import tomllib
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from importlib.util import find_spec
 
 from anyquant.core.errors import UsageError
+from anyquant.core.extras import require
 from anyquant.core.registry import suggest
+
+MEASURING = ("tokenizers", "torch", "transformers", "accelerate")
 
 
 @dataclass(frozen=True)
 class Target:
     """`runtime` is what proves the artifact here; `default_preset` what is made when nothing is asked for.
 
-    `exact_grids`: grids on which the runtime computes exactly, without rounding activations ("*": all).
+    `libraries` are those that the proof needs. `exact_grids`: grids on which the runtime computes exactly, without
+    rounding activations ("*": all).
     """
 
     name: str
@@ -22,6 +27,7 @@ class Target:
     default_preset: str
     ladder: tuple[str, ...]
     exact_grids: tuple[str, ...]
+    libraries: tuple[str, ...]
     note: str
 
     def exact(self, grid: str) -> bool:
@@ -41,10 +47,19 @@ def targets() -> dict[str, Target]:
             default_preset=row["default_preset"],
             ladder=tuple(row["ladder"]),
             exact_grids=tuple(row["exact_grids"]),
+            libraries=tuple(row["libraries"]),
             note=row["note"],
         )
         for name, row in table["engine"].items()
     }
+
+
+def expect_libraries(runtime: str) -> None:
+    """Raise MissingExtraError now for what measuring in `runtime` would miss after the work; nothing is imported."""
+    further = next((known.libraries for known in targets().values() if known.runtime == runtime), ())
+    for library in (*MEASURING, *further):
+        if find_spec(library) is None:
+            require(library)
 
 
 def target(name: str) -> Target:
@@ -57,4 +72,4 @@ def target(name: str) -> Target:
 
 def neutral() -> Target:
     """No target: the neutral quantized state, which every format can be written from; nothing runs it as it is."""
-    return Target("state", "state", "", "", (), ("*",), "the neutral quantized state")
+    return Target("state", "state", "", "", (), ("*",), (), "the neutral quantized state")
