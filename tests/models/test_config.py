@@ -54,6 +54,7 @@ def through_transformers(checkpoint: Checkpoint, folder: Path) -> Any:
                 "rope_theta": 2e4,
             },
         ),
+        ("phi3", {"rope_scaling": LONGROPE, "original_max_position_embeddings": None}),
     ],
 )
 def test_rotary_settings_agree_with_transformers(
@@ -66,6 +67,40 @@ def test_rotary_settings_agree_with_transformers(
     assert dimensions.rope_dim == dimensions.head_dim * reference.get("partial_rotary_factor", 1.0)
     scaling = {k: v for k, v in reference.items() if k not in ("rope_theta", "partial_rotary_factor", "type")}
     assert dict(dimensions.rope_scaling) == ({} if scaling["rope_type"] == "default" else scaling)
+
+
+@pytest.mark.parametrize(
+    ("family", "removed"),
+    [("mistral", "sliding_window"), ("mistral", "num_key_value_heads"), ("qwen3", "head_dim")],
+)
+def test_a_field_that_is_not_there_is_what_transformers_takes(tmp_path: Path, family: str, removed: str) -> None:
+    """A config may leave out what has the default value of its class, which is not always "none"."""
+    settings = {"num_attention_heads": 16, "num_key_value_heads": 8, "intermediate_size": 64}
+    config = {"head_dim": 128} if family == "qwen3" else {"sliding_window": 4096}
+    folder = make_checkpoint(tmp_path / "model", family, blocks=1, config=settings | config)
+    stored = json.loads((folder / "config.json").read_text())
+    del stored[removed]
+    (folder / "config.json").write_text(json.dumps(stored))
+    reference = transformers.AutoConfig.from_pretrained(folder)
+    found = detect(open_checkpoint(folder)).dimensions
+    assert (found.window, found.kv_heads) == (getattr(reference, "sliding_window", None), reference.num_key_value_heads)
+    assert found.head_dim == getattr(reference, "head_dim", None) or found.head_dim == 16
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"activation": "swiglu", "mlp_bias": False}),
+        ("qwen2", {"dual_chunk_attention_config": {"chunk_size": 262144}, "use_mrope": False}),
+        ("phi3", {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False}),
+    ],
+)
+def test_notes_of_published_configs_are_no_obstacle(
+    checkpoints: dict[str, Checkpoint], family: str, changes: dict[str, Any]
+) -> None:
+    """Fields of Falcon3, Qwen2.5-1M and Phi-4-mini that change nothing."""
+    plain = detect(checkpoints[family])
+    assert detect(Altered(checkpoints[family], changes)) == plain
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ def read_config(config: Mapping[str, Any], where: str) -> Settings:
     _refuse_quantized(config, where)
     family = _family(config, where)
     _refuse_unknown_fields(config, family, where)
+    config = {**family.absent, **config}
     reader = Fields(config, where)
     hidden, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
     kv_heads = reader.size("num_key_value_heads", heads)

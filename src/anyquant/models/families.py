@@ -4,7 +4,8 @@ Adding a family is adding a row to FAMILIES. Names are those that `transformers`
 the published checkpoints; where a family is stored in more than one way, the ways are listed side by side.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from anyquant.core.linear import Role
 
@@ -58,7 +59,8 @@ class Family:
     `rope_types` are the rotary scalings that its modelling code and AnyQuant both know, `default_theta` the rope base
     when the config gives none. `window`: a sliding window is supported; `window_switch` is the config field that turns
     it on ("" when its presence does); `window_layers`: it may differ between layers (`max_window_layers`,
-    `layer_types`). `extra` are further config fields that are understood.
+    `layer_types`). `extra` are further config fields that are understood. `absent` are the values that the modelling
+    code takes for fields that the config does not have, where they are not what "none" would mean.
     """
 
     model_type: str
@@ -75,6 +77,7 @@ class Family:
     window_switch: str = ""
     window_layers: bool = False
     extra: frozenset[str] = frozenset()
+    absent: Mapping[str, int] = field(default_factory=dict)
 
 
 def _plain(module: str, role: Role, rows: str, columns: str, group: str, owner: str = "") -> Slot:
@@ -180,7 +183,15 @@ FAMILIES = {
     family.model_type: family
     for family in (
         Family("llama", "LlamaForCausalLM", _SPLIT_ATTENTION, _SPLIT_FFN, _NORMS, _LLAMA_BIASES),
-        Family("mistral", "MistralForCausalLM", _SPLIT_ATTENTION, _SPLIT_FFN, _NORMS, window=True),
+        Family(
+            "mistral",
+            "MistralForCausalLM",
+            _SPLIT_ATTENTION,
+            _SPLIT_FFN,
+            _NORMS,
+            window=True,
+            absent={"num_key_value_heads": 8, "sliding_window": 4096},
+        ),
         Family(
             "qwen2",
             "Qwen2ForCausalLM",
@@ -191,6 +202,7 @@ FAMILIES = {
             window=True,
             window_switch="use_sliding_window",
             window_layers=True,
+            absent={"num_key_value_heads": 32, "sliding_window": 4096},
         ),
         Family(
             "qwen3",
@@ -202,6 +214,7 @@ FAMILIES = {
             window=True,
             window_switch="use_sliding_window",
             window_layers=True,
+            absent={"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
         ),
         Family(
             "phi3",
@@ -212,6 +225,7 @@ FAMILIES = {
             rope_types=frozenset({"default", "longrope"}),
             partial_rotary=True,
             window=True,
+            absent={"original_max_position_embeddings": 4096},
         ),
         Family(
             "mixtral",
@@ -226,6 +240,7 @@ FAMILIES = {
             default_theta=1000000.0,
             window=True,
             extra=_MOE_FIELDS | {"router_jitter_noise"},
+            absent={"num_key_value_heads": 8},
         ),
         Family(
             "qwen2_moe",
@@ -241,6 +256,7 @@ FAMILIES = {
             window_switch="use_sliding_window",
             window_layers=True,
             extra=_QWEN_MOE_FIELDS | {"shared_expert_intermediate_size"},
+            absent={"num_key_value_heads": 16, "sliding_window": 4096},
         ),
         Family(
             "qwen3_moe",
@@ -253,6 +269,7 @@ FAMILIES = {
             window_switch="use_sliding_window",
             window_layers=True,
             extra=_QWEN_MOE_FIELDS,
+            absent={"num_key_value_heads": 4, "sliding_window": 4096},
         ),
     )
 }

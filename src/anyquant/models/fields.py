@@ -30,7 +30,8 @@ READ = frozenset(
 )
 
 # Training, generation, bookkeeping: nothing that a forward pass in evaluation mode depends on. `dtype` is what the file
-# headers say better; `pretraining_tp` splits products without changing them; `auto_map` names remote code, never run.
+# headers say better; `pretraining_tp` splits products without changing them; `auto_map` names remote code, never run;
+# `dual_chunk_attention_config` (Qwen2.5-1M) is an option of one server, which the model's own code does not have.
 _NOTES = """
 dtype torch_dtype transformers_version use_cache initializer_range attention_dropout hidden_dropout resid_pdrop
 embd_pdrop output_router_logits router_aux_loss_coef router_jitter_noise pretraining_tp auto_map id2label label2id
@@ -43,6 +44,7 @@ output_attentions output_hidden_states output_scores return_dict return_dict_in_
 task_specific_params tokenizer_class finetuning_task problem_type pruned_heads is_decoder is_encoder_decoder
 tie_encoder_decoder tf_legacy_loss use_bfloat16 torchscript chunk_size_feed_forward
 max_sequence_length model_max_length is_llama_config gradient_checkpointing use_flash_attn flash_attn
+dual_chunk_attention_config
 transformers.js_config
 """
 HARMLESS = frozenset(_NOTES.split())
@@ -50,6 +52,7 @@ HARMLESS = frozenset(_NOTES.split())
 # Fields whose other values change the computation in a way that AnyQuant does not know.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
+    "activation": ("swiglu", "silu"),
     "rope_interleaved": (False,),
     "logit_scale": (1.0, 1),
     "logits_scaling": (1.0, 1),
