@@ -166,6 +166,32 @@ def test_no_such_model(call: Call, tmp_path: Path) -> None:
     nothing_published(tmp_path)
 
 
+def test_names_that_no_file_can_have(call: Call, model: Model, text: Path, tmp_path: Path) -> None:
+    long = "x" * 300
+    for arguments in (
+        ("inspect", long),
+        ("run", long, "hello"),
+        ("make", long, "--for", "llama.cpp", "-o", tmp_path / "out"),
+    ):
+        refused(call(*arguments), 5, long)
+    refused(call("make", model("llama"), "--for", "llama.cpp", "-q", "-o", tmp_path / long), 7, "shorter")
+    nothing_published(tmp_path)
+
+
+def test_hostile_names_are_shown_as_text(call: Call, copy: Callable[[str], Path]) -> None:
+    """A tensor name may hold line ends, terminal commands and the console's own markup."""
+    folder = copy("llama")
+    name = "evil\x1b[31m\n[/red]\u2028\x07"
+    rewrite(lambda table: table.update({name: table.pop(NORM)}))(folder)
+    outcome = call("plan", folder, "--for", "llama.cpp")
+    refused(outcome, 6, r"evil\x1b[31m\n[/red]\u2028\x07")
+    assert "\x1b" not in outcome.err
+    seen = call("inspect", folder, "--tensors")
+    assert seen.code == 0, seen.err
+    assert "\x1b" not in seen.out
+    assert "\x07" not in seen.out
+
+
 USAGE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "unknown preset": (("--for", "llama.cpp", "--preset", "Q4_K_N"), ("Q4_K_N", "Q4_K_M")),
     "unknown grid": (("--for", "llama.cpp", "--grid", "q4_l"), ("q4_l", "q4_k")),

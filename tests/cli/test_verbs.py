@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -130,6 +131,15 @@ def test_a_quality_climbs_the_presets(call: Call, model: Model, text: Path, tmp_
     # every rung below was measured and was worse than the limit, the chosen one is the first that is not
     worse = [point["high"] > 0.0014 for point in report["points"][:-1]]
     assert worse == [True] * (len(worse) - 1) + [False]
+
+
+def test_paths_that_are_not_unicode(call: Call, model: Model, tmp_path: Path) -> None:
+    odd = tmp_path / b"mod\xffel".decode(errors="surrogateescape")
+    shutil.copytree(model("llama"), odd)
+    job = ("make", odd, "--for", "llama.cpp", "--preset", "Q8_0", "--data-free", "-q", "-o")
+    made = call(*job, tmp_path / b"ou\xfet".decode(errors="surrogateescape"))
+    assert made.code == 0, made.err
+    assert call(*job, odd).code == 7
 
 
 @pytest.mark.parametrize("target", ["vllm", "transformers"])

@@ -9,7 +9,8 @@ from types import FrameType
 import click
 
 from anyquant import __version__
-from anyquant.core.errors import AnyQuantError
+from anyquant.cli.terminal import one_line
+from anyquant.core.errors import AnyQuantError, BadInputError
 
 # verb -> one line of help, so that `--help` imports nothing
 VERBS = {
@@ -76,21 +77,26 @@ def main() -> None:
     try:
         anyquant.main(standalone_mode=False)
     except AnyQuantError as error:
-        click.echo(f"anyquant: {error}", err=True)
+        click.echo(f"anyquant: {one_line(str(error))}", err=True)
         sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+    except OSError as error:
+        if error.filename is None:  # not about anything that the user named
+            raise
+        click.echo(f"anyquant: cannot use {one_line(str(error.filename))}: {error.strerror}", err=True)
+        sys.exit(BadInputError.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(2)
     except click.ClickException as error:
         hint = f" (see: {error.ctx.command_path} --help)" if isinstance(error, click.UsageError) and error.ctx else ""
-        click.echo(f"anyquant: {error.format_message()}{hint}", err=True)
+        click.echo(f"anyquant: {one_line(error.format_message())}{hint}", err=True)
         sys.exit(2)
     except Interrupted as error:
         click.echo("anyquant: interrupted; no unfinished output was left behind", err=True)
         sys.exit(128 + error.number)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(0)
 
 
 if __name__ == "__main__":

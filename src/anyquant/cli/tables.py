@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from anyquant.cli.terminal import one_line
 from anyquant.core.ledger import Ledger
 from anyquant.evaluate.measures import Measures
 from anyquant.pipeline.artifacts import Contents
@@ -26,12 +27,17 @@ def _console() -> Console:
     return Console(highlight=False)
 
 
+def _text(value: str, style: str = "") -> Text:
+    """Plain text: no markup, nothing that a terminal obeys."""
+    return Text(one_line(value), style)
+
+
 def _pairs(rows: list[tuple[str, str]]) -> Table:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(name, Text(value))
+        table.add_row(_text(name), _text(value))
     return table
 
 
@@ -40,11 +46,11 @@ def print_report(report: Report, out: Path) -> None:
     headline = Text.assemble((f"{report.label} for {report.target}: ", "bold"), (report.status, STYLES[report.status]))
     console.print(headline)
     for sentence in report.sentences:
-        console.print(Text(sentence))
+        console.print(_text(sentence))
     console.print(_pairs(summary_rows(report)[1:]))
     if len(report.points) > 1:
         console.print(_points(report))
-    console.print(Text(f"{out / report.artifact}   report: {out / 'report.html'}", style="dim"))
+    console.print(_text(f"{out / report.artifact}   report: {out / 'report.html'}", style="dim"))
 
 
 def _points(report: Report) -> Table:
@@ -71,9 +77,9 @@ def print_plan(planned: Planned, ledger: Ledger) -> None:
     table.add_column("bytes", justify="right")
     table.add_column("why")
     for line in ledger.lines:
-        table.add_row(line.name, line.source_dtype, line.applied, f"{line.target_bytes:,}", Text(line.reason))
+        table.add_row(line.name, line.source_dtype, line.applied, f"{line.target_bytes:,}", _text(line.reason))
     for name, nbytes, why in ledger.unused:
-        table.add_row(Text(name), "", "unused", f"{nbytes:,}", Text(why))
+        table.add_row(_text(name), "", "unused", f"{nbytes:,}", _text(why))
     console.print(table)
     source = sum(line.source_bytes for line in ledger.lines)
     exactly = "exactly" if not planned.refusal else "of tensors exactly, without what the format adds"
@@ -119,7 +125,7 @@ def _print_tensors(console: Console, contents: Contents) -> None:
     for name in ("tensor", "type", "shape", "bytes"):
         table.add_column(name, no_wrap=True, justify="right" if name == "bytes" else "left")
     for tensor in contents.tensors:
-        table.add_row(Text(tensor.name), tensor.dtype, " x ".join(map(str, tensor.shape)), f"{tensor.nbytes:,}")
+        table.add_row(_text(tensor.name), tensor.dtype, " x ".join(map(str, tensor.shape)), f"{tensor.nbytes:,}")
     console.print(table)
 
 
@@ -154,4 +160,4 @@ def print_measures(measures: Measures) -> None:
     console = _console()
     console.print(_pairs(rows))
     if not measures.conclusive:
-        console.print(Text("fewer than 30 documents or values that are not finite: no verdict may rest on this"))
+        console.print(_text("fewer than 30 documents or values that are not finite: no verdict may rest on this"))

@@ -1,5 +1,6 @@
 """The text of a run: documents of the user, or the demo's held-out topics, in three disjoint splits."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from anyquant.calibrate.text import (
@@ -13,7 +14,7 @@ from anyquant.calibrate.text import (
     split,
 )
 from anyquant.core.checkpoint import Checkpoint
-from anyquant.core.errors import UnsupportedError
+from anyquant.core.errors import InconclusiveError, UnsupportedError
 from anyquant.models.architecture import Architecture
 from anyquant.pipeline.recipe import Calibration
 
@@ -32,7 +33,10 @@ def source_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 
 
 def load_splits(tokenizer: Tokenizer, architecture: Architecture, calibration: Calibration) -> Splits:
-    """Tokenized documents. Raises InconclusiveError when the text is too short for three disjoint splits."""
+    """Tokenized documents. Raises InconclusiveError when the text is too short for three disjoint splits.
+
+    A few long files cannot be divided between the splits as wholes: then their windows are, as those of a single file.
+    """
     context = min(calibration.context, architecture.dimensions.context)
     if calibration.text is None:
         return demo_splits(tokenizer, context)
@@ -40,7 +44,10 @@ def load_splits(tokenizer: Tokenizer, architecture: Architecture, calibration: C
     # few tokens must not make the text look short: the fewest documents of all splits are read in any case
     tokens = max(sum(amounts.tokens), sum(amounts.documents) * context)
     documents = read_documents(Path(calibration.text), tokenizer, context, tokens=tokens)
-    return split(documents, amounts)
+    try:
+        return split(documents, amounts)
+    except InconclusiveError:
+        return split([replace(document, source=document.name) for document in documents], amounts)
 
 
 def describe(splits: Splits, calibration: Calibration) -> dict[str, object]:

@@ -73,7 +73,7 @@ def display_name(checkpoint: Checkpoint) -> str:
     """What llama.cpp and its front ends call the model; "" (no such key) for a name that changes how they tokenize."""
     declared = checkpoint.config.get("_name_or_path")
     path = declared if isinstance(declared, str) and declared.strip("/") else checkpoint.location
-    name = Path(path).name
+    name = Path(path).name.encode(errors="replace").decode()  # a folder's name need not be Unicode, a key's value must
     return "" if any(word in name.lower() for word in NAMES_WITH_A_MEANING) else name
 
 
