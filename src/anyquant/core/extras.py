@@ -5,17 +5,14 @@ from types import ModuleType
 
 from anyquant.core.errors import MissingExtraError
 
-# library -> extra of this package that installs it
+# library -> extra of this package that installs it; what every installation has is not listed
 EXTRAS = {
-    "numba": "core",
-    "gguf": "gguf",
     "torch": "torch",
     "transformers": "torch",
     "accelerate": "torch",
     "tokenizers": "torch",
     "xllamacpp": "llamacpp",
     "compressed_tensors": "compressed-tensors",
-    "datasets": "data",
 }
 
 
