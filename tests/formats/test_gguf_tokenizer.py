@@ -9,7 +9,7 @@ from typing import Any
 
 import gguf
 import pytest
-from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
 
 from anyquant.core.errors import BadInputError, UnsupportedError
 from anyquant.formats.gguf.tokenizer import (
@@ -126,6 +126,31 @@ def test_tokens_added_for_the_user_are_found_in_plain_text(model: Path, tmp_path
         assert opened.tokenize(text) == tokenizer.encode(text).ids
 
 
+def test_added_tokens_that_swallow_white_space_are_no_obstacle(model: Path, tmp_path: Path) -> None:
+    """Phi-4-mini's <|tool|>: not special, with rstrip."""
+    tokenizer = train(STYLES["gpt2"], vocabulary=690)
+    tokenizer.add_tokens([AddedToken("<|tool|>", rstrip=True)])
+    folder = with_tokenizer(model, tmp_path / "in", tokenizer)
+    text = "a <|tool|>river</think>\n"
+    with open_in_llama_cpp(folder, tmp_path / "out") as opened:
+        assert opened.tokenize(text) == tokenizer.encode(text).ids
+
+
+@pytest.mark.parametrize(("template", "eot"), [("{{ m }}<end>", None), ("{{ m }}<stop>", "<stop>"), (None, "<stop>")])
+def test_every_stop_ends_a_generation_and_eot_ends_a_turn(
+    template: str | None, eot: str | None, model: Path, tmp_path: Path
+) -> None:
+    tokenizer = train(STYLES["gpt2"], vocabulary=690)
+    tokenizer.add_special_tokens(["<end>", "<stop>"])
+    ids = [tokenizer.token_to_id(token) for token in ("<end>", "<stop>")]
+    folder = with_tokenizer(model, tmp_path / "in", tokenizer, {"eos_token": "<end>", "chat_template": template})
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    found = read(folder).special
+    assert (found["eos"], found.get("eot")) == (ids[0], None if eot is None else tokenizer.token_to_id(eot))
+    with open_in_llama_cpp(folder, tmp_path / "out") as opened:
+        assert all(opened.ends(token) for token in ids) and not opened.ends(5)
+
+
 def test_both_spellings_of_merges_and_of_ids(model: Path, tmp_path: Path) -> None:
     def as_text(stored: dict[str, Any]) -> None:
         stored["model"]["merges"] = [" ".join(pair) for pair in stored["model"]["merges"]]
@@ -164,7 +189,7 @@ def pattern(stored: dict[str, Any]) -> dict[str, Any]:
         (lambda s: s.update(normalizer={"type": "NFC"}), "NFC"),
         (lambda s: s.update(post_processor={"type": "BertProcessing"}), "BertProcessing"),
         (lambda s: s.update(pre_tokenizer=None), "pre-tokenizer"),
-        (lambda s: s["added_tokens"].append({"id": 5, "content": "x", "special": False, "lstrip": True}), "lstrip"),
+        (lambda s: s["added_tokens"].append({"id": 5, "content": "x", "single_word": True}), "single_word"),
     ],
 )
 def test_other_tokenizers_are_refused_by_name(

@@ -1,6 +1,8 @@
 """tokenizer.json to the tokenizer keys of GGUF: byte-level BPE, recognised by its structure.
 
 Where llama.cpp would split or add tokens differently from the `tokenizers` library, the tokenizer is refused by name.
+The one exception: white space beside an added token that swallows it (`lstrip`, `rstrip`: Phi-4) stays in llama.cpp;
+chat templates put none there.
 """
 
 import tomllib
@@ -75,7 +77,9 @@ def read_tokenizer(checkpoint: Checkpoint, vocabulary: int) -> GGUFTokenizer:
     settings = _companion_json(checkpoint, "tokenizer_config.json")
     prefix, suffix = _affixes(stored.get("post_processor"), where)
     ids = {token: index for index, token in enumerate(tokens)}
+    template = _chat_template(checkpoint, settings)
     special = _special(checkpoint, settings, ids, vocabulary)
+    special |= _further_stops(checkpoint, special.get("eos"), tokens, template or "")
     _settle(special, "bos", prefix, where)
     _settle(special, "eos", suffix, where)
     return GGUFTokenizer(
@@ -86,7 +90,7 @@ def read_tokenizer(checkpoint: Checkpoint, vocabulary: int) -> GGUFTokenizer:
         special=special,
         adds_bos=bool(prefix),
         adds_eos=bool(suffix),
-        chat_template=_chat_template(checkpoint, settings),
+        chat_template=template,
     )
 
 
@@ -197,9 +201,8 @@ def _added(stored: Mapping[str, Any], where: str) -> dict[int, tuple[str, bool]]
         if not isinstance(token, dict) or not isinstance(token.get("id"), int):
             raise BadInputError(f"{where}: added_tokens holds {str(token)[:80]}, expected an object with an id")
         text, special = str(token.get("content")), bool(token.get("special"))
-        odd = [flag for flag in ("single_word", "lstrip", "rstrip") if token.get(flag)]
-        if odd and not special:
-            raise UnsupportedError(f"{where}: added token {text!r} has {', '.join(odd)}, which llama.cpp does not do")
+        if token.get("single_word") and not special:
+            raise UnsupportedError(f"{where}: added token {text!r} has single_word, which llama.cpp does not do")
         found[token["id"]] = (text, special)
     return found
 
@@ -283,11 +286,20 @@ def _special(checkpoint: Checkpoint, settings: Mapping[str, Any], ids: Mapping[s
         valid = [item for item in named if isinstance(item, int) and 0 <= item < size]
         if valid:
             found[kind] = valid[0]
-    stops = generation.get("eos_token_id")
-    others = [stop for stop in stops if stop != found.get("eos")] if isinstance(stops, list) else []
-    if others and isinstance(others[0], int) and 0 <= others[0] < size:
-        found["eot"] = others[0]
     return found
+
+
+def _further_stops(checkpoint: Checkpoint, eos: int | None, tokens: Sequence[str], template: str) -> dict[str, int]:
+    """Of the tokens besides `eos` at which generation_config stops, the two that llama.cpp has keys for: eot, eom.
+
+    "eot" is what llama.cpp itself writes to end a turn. Where the template does so with `eos` (Llama 3.1, Qwen), the
+    other stop is no end of a turn: as "eom" it only stops, and llama.cpp finds its own eot by the token's text.
+    """
+    stops = _companion_json(checkpoint, "generation_config.json").get("eos_token_id")
+    others = [stop for stop in stops if stop != eos] if isinstance(stops, list) else []
+    valid = [stop for stop in others if isinstance(stop, int) and 0 <= stop < len(tokens)]
+    ends_turn = eos is not None and tokens[eos] in template
+    return dict(zip(("eom",) if ends_turn else ("eot", "eom"), valid, strict=False))
 
 
 def _chat_template(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> str | None:
