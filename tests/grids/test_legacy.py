@@ -130,7 +130,7 @@ def test_rows_are_independent_and_columns_encode_alike(name: str) -> None:
 
 def hard_rows() -> npt.NDArray[np.float32]:
     random = np.random.default_rng(8)
-    rows = (random.standard_normal((9, 64)) * 0.02).astype(np.float32)
+    rows = (random.standard_normal((10, 64)) * 0.02).astype(np.float32)
     rows[0] = 0
     rows[1, :32] = 0.5
     rows[2, :32] = -0.25
@@ -140,6 +140,7 @@ def hard_rows() -> npt.NDArray[np.float32]:
     rows[6, 40] = -3e30
     rows[7, 1:32] = 0
     rows[8, ::2] = 0
+    rows[9, 3], rows[9, 4] = 3e38, -3e38  # their difference overflows
     return rows
 
 

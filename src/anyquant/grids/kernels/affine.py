@@ -16,6 +16,8 @@ SUM_L, SUM_LL, SUM_UL, ERROR, BEST = (LANES * i for i in range(6, 11))
 SCALE, OFFSET, CHOSEN_SCALE, CHOSEN_OFFSET, SPREAD, TEMPORARY = (LANES * i for i in range(11, 17))
 SCRATCH = LANES * 17
 
+WIDEST = np.float32(1e38)  # the range of a group must stay finite; float16 parameters saturate long before
+
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def load(weights: Float32, count: int, u: Float32, s: Float32) -> None:
@@ -27,7 +29,7 @@ def load(weights: Float32, count: int, u: Float32, s: Float32) -> None:
     for lane in range(count):
         source = weights[lane * size : (lane + 1) * size]
         for r in range(size):
-            u[r, lane] = source[r]
+            u[r, lane] = min(max(source[r], -WIDEST), WIDEST)
     first = u[0]
     for lane in range(LANES):
         s[SCALE + lane], s[OFFSET + lane] = first[lane], first[lane]
