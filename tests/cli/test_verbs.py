@@ -150,7 +150,11 @@ def test_a_folder_for_transformers(call: Call, model: Model, text: Path, tmp_pat
     report = json.loads((out / "report.json").read_text())
     assert report["status"] == "measured"
     assert report["conversion"]["mean_kl"] < 1e-4
+    assert made.err == ""
     assert call("inspect", out).code == 0
+    spoken = call("run", out, "the model reads", "--tokens", "4", "--threads", "1")
+    assert (spoken.code, spoken.err) == (0, "")
+    assert spoken.out.startswith("the model reads")
 
 
 def test_the_neutral_state(call: Call, model: Model, tmp_path: Path) -> None:

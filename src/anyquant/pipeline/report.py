@@ -168,7 +168,7 @@ def summary_rows(report: Report) -> list[tuple[str, str]]:
     saved = 1 - report.nbytes / report.source_bytes
     rows = [
         ("verdict", report.status),
-        ("artifact", report.artifact),
+        ("artifact", report.artifact or "the whole folder"),
         ("size", f"{report.nbytes:,} bytes, {report.bits_per_weight:.2f} bits per weight, {saved:.0%} smaller"),
     ]
     if report.loss is not None:

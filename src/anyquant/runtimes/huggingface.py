@@ -58,11 +58,13 @@ class HuggingFaceSession:
         transformers.logging.disable_progress_bar()
         model_class = getattr(transformers, FAMILIES[str(_config(folder)["model_type"])][1])
         try:
-            # compressed-tensors draws progress bars that cannot be switched off
+            # compressed-tensors draws progress bars that cannot be switched off, the last when the first token comes
             with contextlib.redirect_stderr(io.StringIO()):
                 self._model = model_class.from_pretrained(
                     folder, local_files_only=True, use_safetensors=True, dtype=self._torch.float32
                 ).eval()
+                with self._torch.no_grad():
+                    self._model(self._torch.zeros(1, 1, dtype=self._torch.long))
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise BadInputError(f"{folder}: transformers cannot load it: {error}") from None
         self._tokenizer = require("tokenizers").Tokenizer.from_file(str(folder / TOKENIZER))
