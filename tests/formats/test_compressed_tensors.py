@@ -151,6 +151,18 @@ def test_what_cannot_be_written_is_refused_before_any_work(tmp_path: Path) -> No
     assert "mixture" in FORM.refuses(dataclasses.replace(architecture, dimensions=experts), plan, checkpoint)[0]
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_matrices_that_vllm_fuses_share_a_grid(family: str, tmp_path: Path) -> None:
+    """vLLM refuses a folder with "some but not all shards" of qkv_proj or gate_up_proj quantized."""
+    _, architecture = open_model(make_checkpoint(tmp_path / "in", family))
+    groups: dict[str, set[str]] = {}
+    for name, group in FORM.ties(architecture).items():
+        groups.setdefault(group, set()).add(name)
+    wanted = [{"attn_q", "attn_k", "attn_v"}, {"ffn_gate", "ffn_up"}]
+    expected = [{f"blocks.{block}.{role}" for role in roles} for block in range(2) for roles in wanted]
+    assert sorted(groups.values(), key=sorted) == sorted(expected, key=sorted)
+
+
 def test_presets(tmp_path: Path) -> None:
     _, architecture = open_model(make_checkpoint(tmp_path / "in", "llama"))
     grids = {name: grid for name, (grid, _) in FORM.preset("w4a16", architecture, False).items()}

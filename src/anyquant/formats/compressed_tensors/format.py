@@ -41,6 +41,14 @@ COPIED = (
     "chat_template.json",
 )
 APART = (Role.EMBEDDING, Role.HEAD, Role.ROUTER)
+# what vLLM loads as one matrix (packed_modules_mapping), however it is stored
+FUSED = {
+    Role.ATTN_Q: "attn_qkv",
+    Role.ATTN_K: "attn_qkv",
+    Role.ATTN_V: "attn_qkv",
+    Role.FFN_GATE: "ffn_gate_up",
+    Role.FFN_UP: "ffn_gate_up",
+}
 SHAPE_BYTES = 16
 GRIDS = {dtype: name for name, dtype in FLOATS.items()}
 
@@ -83,12 +91,11 @@ class CompressedTensorsFormat:
         return None
 
     def ties(self, architecture: Architecture) -> Mapping[str, str]:
-        """Linears of one fused module."""
+        """Linears of one fused module, and those that vLLM fuses on loading: it refuses a half-quantized group."""
         return {
-            linear.name: module
-            for module, linears in _modules(architecture).items()
-            if len(linears) > 1
-            for linear in linears
+            linear.name: f"{linear.name.rpartition('.')[0]}.{FUSED[linear.role]}"
+            for linear in architecture.linears
+            if linear.role in FUSED
         }
 
     def refuses(self, architecture: Architecture, plan: Plan, checkpoint: Checkpoint) -> list[str]:
