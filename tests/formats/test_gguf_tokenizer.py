@@ -136,9 +136,11 @@ def test_added_tokens_that_swallow_white_space_are_no_obstacle(model: Path, tmp_
         assert opened.tokenize(text) == tokenizer.encode(text).ids
 
 
-@pytest.mark.parametrize(("template", "eot"), [("{{ m }}<end>", None), ("{{ m }}<stop>", "<stop>"), (None, "<stop>")])
+@pytest.mark.parametrize(
+    ("template", "eot"), [("{{ m }}<end>", "<end>"), ("{{ m }}<stop>", "<stop>"), (None, "<stop>")]
+)
 def test_every_stop_ends_a_generation_and_eot_ends_a_turn(
-    template: str | None, eot: str | None, model: Path, tmp_path: Path
+    template: str | None, eot: str, model: Path, tmp_path: Path
 ) -> None:
     tokenizer = train(STYLES["gpt2"], vocabulary=690)
     tokenizer.add_special_tokens(["<end>", "<stop>"])
@@ -146,7 +148,7 @@ def test_every_stop_ends_a_generation_and_eot_ends_a_turn(
     folder = with_tokenizer(model, tmp_path / "in", tokenizer, {"eos_token": "<end>", "chat_template": template})
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
     found = read(folder).special
-    assert (found["eos"], found.get("eot")) == (ids[0], None if eot is None else tokenizer.token_to_id(eot))
+    assert (found["eos"], found.get("eot")) == (ids[0], tokenizer.token_to_id(eot))
     with open_in_llama_cpp(folder, tmp_path / "out") as opened:
         assert all(opened.ends(token) for token in ids) and not opened.ends(5)
 
@@ -190,6 +192,7 @@ def pattern(stored: dict[str, Any]) -> dict[str, Any]:
         (lambda s: s.update(post_processor={"type": "BertProcessing"}), "BertProcessing"),
         (lambda s: s.update(pre_tokenizer=None), "pre-tokenizer"),
         (lambda s: s["added_tokens"].append({"id": 5, "content": "x", "single_word": True}), "single_word"),
+        (lambda s: s["added_tokens"].append({"id": ROWS - 1, "content": "a"}), "'a' has the ids"),
     ],
 )
 def test_other_tokenizers_are_refused_by_name(

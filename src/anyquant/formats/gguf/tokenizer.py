@@ -218,6 +218,12 @@ def _vocabulary(
         if not isinstance(index, int) or index not in tokens:
             raise BadInputError(f"{where}: token {text!r} has the id {index}, the embedding has {size} rows")
         tokens[index] = (text, kind)
+    first: dict[str, int] = {}
+    for index, (text, _) in tokens.items():
+        if first.setdefault(text, index) != index:
+            raise UnsupportedError(
+                f"{where}: token {text!r} has the ids {first[text]} and {index}; llama.cpp takes one"
+            )
     return tuple(text for text, _ in tokens.values()), tuple(kind for _, kind in tokens.values())
 
 
@@ -290,16 +296,17 @@ def _special(checkpoint: Checkpoint, settings: Mapping[str, Any], ids: Mapping[s
 
 
 def _further_stops(checkpoint: Checkpoint, eos: int | None, tokens: Sequence[str], template: str) -> dict[str, int]:
-    """Of the tokens besides `eos` at which generation_config stops, the two that llama.cpp has keys for: eot, eom.
+    """What llama.cpp has keys for besides `eos`, when generation_config stops at several tokens: eot and eom.
 
-    "eot" is what llama.cpp itself writes to end a turn. Where the template does so with `eos` (Llama 3.1, Qwen), the
-    other stop is no end of a turn: as "eom" it only stops, and llama.cpp finds its own eot by the token's text.
+    "eot" is what llama.cpp writes to end a turn: `eos` where the template does so (Llama 3.1, Qwen), else the first
+    other stop. At "eom" it only stops. Without "eot" it would guess among the texts that it knows.
     """
     stops = _companion_json(checkpoint, "generation_config.json").get("eos_token_id")
     others = [stop for stop in stops if stop != eos] if isinstance(stops, list) else []
     valid = [stop for stop in others if isinstance(stop, int) and 0 <= stop < len(tokens)]
-    ends_turn = eos is not None and tokens[eos] in template
-    return dict(zip(("eom",) if ends_turn else ("eot", "eom"), valid, strict=False))
+    if valid and eos is not None and tokens[eos] in template:
+        valid = [eos, *valid]
+    return dict(zip(("eot", "eom"), valid, strict=False))
 
 
 def _chat_template(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> str | None:
