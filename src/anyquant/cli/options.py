@@ -68,6 +68,8 @@ def recipe_of(flags: dict[str, Any]) -> Recipe:
     calibration = {
         name: flags[name] for name in ("text", "imatrix", "tokens", "context") if flags.get(name) is not None
     }
+    if flags.get("keep_imatrix"):
+        calibration["keep_imatrix"] = True
     if flags["data_free"]:
         calibration["data_free"] = True
         if flags.get("imatrix") is not None:

@@ -27,7 +27,7 @@ from anyquant.pipeline.planner import Job, make_job
 from anyquant.pipeline.recipe import Recipe
 from anyquant.pipeline.report import Report
 from anyquant.pipeline.run import Importance, Unweighted
-from anyquant.pipeline.statistics import gather
+from anyquant.pipeline.statistics import IMATRIX, gather, keep
 from anyquant.pipeline.targets import Target, expect_libraries
 from anyquant.pipeline.texts import DEFAULT_TEXT_WARNING, describe, load_splits, source_tokenizer
 from anyquant.pipeline.verify import Verified
@@ -106,7 +106,7 @@ class Maker:
         largest = max(job.layout.nbytes for job in plans)
         with Stage(request.out, request.overwrite, needed=largest) as stage:
             splits, tokenizer = self._texts()
-            statistics = self._statistics(splits)
+            statistics = self._statistics(splits, stage)
             job, verified = self._write(plans, stage, splits, statistics)
             if splits is not None and tokenizer is not None:
                 self._certify(job, stage, splits, tokenizer)
@@ -142,12 +142,18 @@ class Maker:
             self.progress.say(f"warning: {DEFAULT_TEXT_WARNING}")
         return load_splits(tokenizer, self.architecture, calibration), tokenizer
 
-    def _statistics(self, splits: Splits | None) -> Importance:
+    def _statistics(self, splits: Splits | None, stage: Stage) -> Importance:
+        calibration = self.request.recipe.calibration
         if not self.importance or splits is None:
+            if calibration.keep_imatrix:
+                raise UsageError("--keep-imatrix: a data-free run collects no importance; leave out --data-free")
             return Unweighted()
         with self.watch.stage("calibrate"):
-            calibration = self.request.recipe.calibration
-            return gather(self.request.checkpoint, self.architecture, calibration, splits.calibrate, self.progress)
+            checkpoint, documents = self.request.checkpoint, splits.calibrate
+            found = gather(checkpoint, self.architecture, calibration, documents, self.progress)
+        if calibration.keep_imatrix:
+            keep(stage.folder / IMATRIX, found, self.architecture, calibration, len(documents))
+        return found
 
     def _write(
         self, plans: list[Job], stage: Stage, splits: Splits | None, statistics: Importance

@@ -52,7 +52,8 @@ class Rule:
 class Calibration:
     """`data_free` turns statistics off. `tokens` bounds the calibration text, `context` is the window length.
 
-    `imatrix` is a llama.cpp importance file to use instead of collecting statistics.
+    `imatrix` is a llama.cpp importance file to use instead of collecting statistics; `keep_imatrix` puts what was
+    collected into the output as such a file.
     """
 
     data_free: bool = False
@@ -60,6 +61,7 @@ class Calibration:
     tokens: int = 65_536
     context: int = 512
     imatrix: str | None = None
+    keep_imatrix: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def _rule(table: Any, index: int) -> Rule:
 
 def _calibration(table: Mapping[str, Any]) -> Calibration:
     where = "calibration"
-    _known(table, {"data_free", "text", "tokens", "context", "imatrix"}, where)
+    _known(table, {"data_free", "text", "tokens", "context", "imatrix", "keep_imatrix"}, where)
     default = Calibration()
     tokens, context = _typed(table, "tokens", int, where), _typed(table, "context", int, where)
     for key, value in (("tokens", tokens), ("context", context)):
@@ -150,6 +152,7 @@ def _calibration(table: Mapping[str, Any]) -> Calibration:
         tokens=default.tokens if tokens is None else tokens,
         context=default.context if context is None else context,
         imatrix=_typed(table, "imatrix", str, where),
+        keep_imatrix=bool(_typed(table, "keep_imatrix", bool, where)),
     )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from anyquant.calibrate.imatrix import read_imatrix
+from anyquant.calibrate.imatrix import Source, read_imatrix, write_imatrix
 from anyquant.calibrate.stats import Statistics
 from anyquant.calibrate.stream import collect
 from anyquant.calibrate.text import Document
@@ -12,6 +12,8 @@ from anyquant.core.progress import Progress
 from anyquant.formats import FORMATS
 from anyquant.models.architecture import Architecture
 from anyquant.pipeline.recipe import Calibration
+
+IMATRIX = "imatrix.gguf"
 
 
 def gather(
@@ -32,3 +34,12 @@ def gather(
     for tensor in found.unknown:
         progress.say(f"warning: {path}: entry {tensor} belongs to no tensor of this model")
     return found.statistics
+
+
+def keep(
+    path: Path, statistics: Statistics, architecture: Architecture, calibration: Calibration, documents: int
+) -> None:
+    """Write the statistics as llama.cpp's importance file at `path`. Raises OutputError."""
+    text = "default text of AnyQuant" if calibration.text is None else Path(calibration.text).name
+    source = Source((text,), documents, calibration.context)
+    write_imatrix(path, statistics, architecture.linears, FORMATS.get("gguf").part_names(architecture), source)
