@@ -62,6 +62,10 @@ def test_moments_equal_hooks_on_the_whole_model(tmp_path: Path, family: str, tie
         found = statistics.importance(linear)
         assert found is not None and found.dtype == np.float32
         np.testing.assert_allclose(found, expected[linear.module], rtol=1e-5)
+    embedding = statistics.importance(architecture.by_name["embedding"])
+    assert (embedding is not None) == tied  # a tied one is the head
+    if embedding is not None:
+        np.testing.assert_allclose(embedding, expected["lm_head"], rtol=1e-5)
     np.testing.assert_allclose(statistics.moments["output_input"].second_moment, expected["lm_head"], rtol=1e-5)
     assert {moment.count for moment in statistics.moments.values()} == {sum(map(len, DOCUMENTS))}
 

@@ -10,9 +10,8 @@ from anyquant.core.errors import UnsupportedError, UsageError
 from anyquant.core.linear import Linear, Role
 from anyquant.core.progress import Progress, Silent
 from anyquant.models.architecture import Architecture
+from anyquant.models.families import HEAD_INPUT
 from anyquant.models.streaming import Batch, StreamedModel
-
-HEAD_INPUT = "output_input"
 
 
 def collect(
@@ -21,7 +20,7 @@ def collect(
     documents: Sequence[Sequence[int]],
     progress: Progress | None = None,
 ) -> Statistics:
-    """Second moments of every input group of the blocks and of the head's input ("output_input").
+    """Second moments of every input group of the blocks and of the head's input.
 
     `documents` are token ids. Progress counts tokens x blocks. Raises UsageError when there are no tokens,
     BadInputError naming the module when an activation is not finite, UnsupportedError for experts.

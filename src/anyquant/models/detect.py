@@ -15,7 +15,7 @@ from anyquant.core.errors import BadInputError, UnsupportedError
 from anyquant.core.linear import Carried, Linear, Role, View
 from anyquant.models.architecture import Architecture, Dimensions
 from anyquant.models.config import Settings, read_config
-from anyquant.models.families import BLOCKS, EMBEDDING, HEAD, OUTPUT_NORM, Norm, Slot
+from anyquant.models.families import BLOCKS, EMBEDDING, HEAD, HEAD_INPUT, OUTPUT_NORM, Norm, Slot
 
 # End of a tensor name -> why it has no place in the model.
 LEFTOVERS = {
@@ -101,13 +101,14 @@ def sizes(dimensions: Dimensions, shared_expert: int) -> Mapping[str, int]:
 def _bindings(settings: Settings, names: set[str]) -> Iterator[Binding]:
     """All tensors that the model must have, in order of the forward pass."""
     vocabulary, hidden = settings.dimensions.vocabulary, settings.dimensions.hidden
-    yield _edge(EMBEDDING, Role.EMBEDDING, "", vocabulary, hidden)
+    # a tied embedding is the head too, and rounding it with the head's input in mind costs the embedding nothing
+    yield _edge(EMBEDDING, Role.EMBEDDING, HEAD_INPUT if settings.tied else "", vocabulary, hidden)
     for block in range(settings.dimensions.blocks):
         yield from _block(settings, names, block)
     norm = Carried("output_norm", "output_norm", OUTPUT_NORM, 0, hidden, None)
     yield Binding(OUTPUT_NORM, (hidden,), carried=(norm,))
     if not settings.tied:
-        yield _edge(HEAD, Role.HEAD, "output_input", vocabulary, hidden)
+        yield _edge(HEAD, Role.HEAD, HEAD_INPUT, vocabulary, hidden)
 
 
 def _edge(module: str, role: Role, group: str, rows: int, columns: int) -> Binding:

@@ -88,6 +88,7 @@ def _plain(module: str, role: Role, rows: str, columns: str, group: str, owner: 
 BLOCKS = "model.layers"
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
+HEAD_INPUT = "output_input"  # input group of the head
 OUTPUT_NORM = "model.norm.weight"
 
 QKV = (Role.ATTN_Q, Role.ATTN_K, Role.ATTN_V)
