@@ -7,7 +7,8 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
-from anyquant.core.errors import UsageError
+from anyquant.core.checkpoint import Checkpoint
+from anyquant.core.errors import UnsupportedError, UsageError
 from anyquant.core.progress import Progress, Silent
 from anyquant.evaluate.measures import Measures
 from anyquant.evaluate.verdict import Contract, contract_for
@@ -21,6 +22,7 @@ from anyquant.pipeline.recipe import Calibration, Recipe, load_recipe
 from anyquant.pipeline.report import Report
 from anyquant.pipeline.targets import Target, neutral
 from anyquant.pipeline.targets import target as find_target
+from anyquant.store.gguf import GGUFFile
 from anyquant.store.open import open_checkpoint
 
 DEMO = "demo"
@@ -32,6 +34,16 @@ def model_path(model: str | Path) -> Path:
     if str(model) == DEMO and not path.exists():
         return Path(str(files("anyquant.demo") / "model"))
     return path
+
+
+def source_of(path: Path) -> Checkpoint:
+    """The checkpoint to quantize. Raises UnsupportedError for an artifact."""
+    checkpoint = open_checkpoint(path)
+    if isinstance(checkpoint, GGUFFile):
+        raise UnsupportedError(
+            f"{path}: a GGUF file is no source yet; give the folder of the model it came from"
+        )
+    return checkpoint
 
 
 def cores() -> int:
@@ -108,7 +120,7 @@ def make(
     path = model_path(model)
     request = Request(
         location=str(model),
-        checkpoint=open_checkpoint(path),
+        checkpoint=source_of(path),
         target=goal,
         recipe=wish,
         contract=limits,
@@ -139,7 +151,7 @@ def plan(
     goal = _target(target, wish)
     if not _says_what(wish):
         wish = _default(goal, wish)
-    checkpoint = open_checkpoint(model_path(model))
+    checkpoint = source_of(model_path(model))
     architecture = detect(checkpoint)
     importance = not wish.calibration.data_free
     job, refusal = draft_job(architecture, checkpoint, rules(goal.format), wish, importance)

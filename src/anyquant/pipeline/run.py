@@ -46,10 +46,18 @@ class Sink(Protocol):
 
 @dataclass(frozen=True)
 class Written:
-    """What `verify` compares with: sha256 of every chunk, by (part, offset), and errors of the sampled blocks."""
+    """What `verify` compares with, as sha256: packed bytes by (part, offset), codes and parameters by block."""
 
     digests: Mapping[tuple[str, int], bytes]
-    sampled: Mapping[tuple[str, int], tuple[float, float]]
+    contents: Mapping[tuple[str, int], bytes]
+
+
+def content_digest(rows: QTensor) -> bytes:
+    """sha256 over codes and parameters: what packing must not change."""
+    digest = hashlib.sha256(np.ascontiguousarray(rows.codes).data)
+    for parameter in rows.grid.parameters:
+        digest.update(np.ascontiguousarray(rows.params[parameter.name]).data)
+    return digest.digest()
 
 
 def squared_error(weights: Float32, decoded: Float32, grid: Grid, importance: Float32 | None) -> tuple[float, float]:
@@ -86,14 +94,12 @@ class _Files:
             self._sink.finish(descriptor)
 
 
-def quantize_block(job: Job, block: Block, statistics: Importance) -> tuple[QTensor, Float32, Float32 | None]:
-    """The quantized rows of a block, the source rows and the importance used."""
+def quantize_block(job: Job, block: Block, statistics: Importance) -> QTensor:
+    """The quantized rows of a block. Raises BadInputError for weights that are not finite."""
     decision = job.plan.decisions[block.linear.name]
-    grid = find_grid(decision.grid)
-    importance = statistics.importance(block.linear)
-    weights = read_block(job, block)
     algorithm = ALGORITHMS.get(decision.algorithm)
-    return algorithm.quantize(weights, grid, importance, decision.options), weights, importance
+    importance = statistics.importance(block.linear)
+    return algorithm.quantize(read_block(job, block), find_grid(decision.grid), importance, decision.options)
 
 
 def _carry(job: Job, unit: Unit, files: _Files) -> dict[tuple[str, int], bytes]:
@@ -116,25 +122,22 @@ def execute(job: Job, statistics: Importance, sink: Sink, threads: int, progress
     target = writable(job)
     files = _Files(job.layout, sink)
     digests: dict[tuple[str, int], bytes] = {}
-    sampled: dict[tuple[str, int], tuple[float, float]] = {}
+    contents: dict[tuple[str, int], bytes] = {}
     for unit in job.layout.units:
         digests.update(_carry(job, unit, files))
 
-    def work(block: Block) -> tuple[dict[tuple[str, int], bytes], tuple[float, float] | None]:
-        rows, weights, importance = quantize_block(job, block, statistics)
+    def work(block: Block) -> tuple[dict[tuple[str, int], bytes], bytes]:
+        rows = quantize_block(job, block, statistics)
         chunks = target.pack(block.unit, job.architecture, block.linear.name, block.first, rows)
-        error = squared_error(weights, rows.decode(), rows.grid, importance) if block.first == 0 else None
-        return {(chunk.part, chunk.offset): files.write(chunk) for chunk in chunks}, error
+        return {(chunk.part, chunk.offset): files.write(chunk) for chunk in chunks}, content_digest(rows)
 
-    def done(block: Block, result: tuple[dict[tuple[str, int], bytes], tuple[float, float] | None]) -> None:
-        written, error = result
+    def done(block: Block, result: tuple[dict[tuple[str, int], bytes], bytes]) -> None:
+        written, contents[block.key] = result
         digests.update(written)
-        if error is not None:
-            sampled[block.key] = error
         progress.advance(block.weights)
 
     progress.start("quantize", job.weights, "w")
     run_all(work, blocks(job), threads, done)
     files.finish()
     progress.finish()
-    return Written(digests, sampled)
+    return Written(digests, contents)

@@ -63,7 +63,7 @@ def write_state(
 
 def _fill(job: Job, entry: EntryWriter, pieces: list[Block], statistics: Importance, threads: int) -> None:
     def work(block: Block) -> None:
-        entry.write(block.first, quantize_block(job, block, statistics)[0])
+        entry.write(block.first, quantize_block(job, block, statistics))
 
     run_all(work, pieces, threads, lambda block, nothing: None)
 

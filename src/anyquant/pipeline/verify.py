@@ -15,7 +15,7 @@ from anyquant.core.progress import Progress
 from anyquant.pipeline.blocks import Block, blocks, read_block
 from anyquant.pipeline.executors.threads import run_all
 from anyquant.pipeline.planner import Job, writable
-from anyquant.pipeline.run import Importance, Written, squared_error
+from anyquant.pipeline.run import Importance, Written, content_digest, squared_error
 
 HASH_BYTES = 1 << 22
 
@@ -130,12 +130,11 @@ def verify(
         places = job.format.slices(block.unit, job.architecture, name, block.first, block.rows)
         raw = {part: reader.read(part, offset, nbytes) for part, offset, nbytes in places}
         rows = target.unpack(block.unit, job.architecture, name, block.first, block.rows, raw)
+        if content_digest(rows) != written.contents.get(block.key):
+            raise AnyQuantError(f"verify: {name}, rows from {block.first}: codes or parameters differ from the planned")
         return squared_error(read_block(job, block), rows.decode(), rows.grid, statistics.importance(block.linear))
 
     def done(block: Block, error: tuple[float, float]) -> None:
-        recorded = written.sampled.get(block.key)
-        if recorded is not None and recorded != error:
-            raise AnyQuantError(f"verify: {block.linear.name} decodes to error {error}, was {recorded} when written")
         sums[block.linear.name][0] += error[0]
         sums[block.linear.name][1] += error[1]
         progress.advance(block.weights)

@@ -10,6 +10,7 @@ from anyquant.store.safetensors import INDEX, SafetensorsCheckpoint
 from anyquant.store.state import ENTRIES, PLAN
 from anyquant.store.system import SYSTEM, System
 
+ARTIFACT = "model.gguf"  # of our own outputs, where an importance file may lie beside it
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -59,6 +60,8 @@ def _open_folder(folder: Path, system: System) -> Checkpoint:
         checkpoint = SafetensorsCheckpoint(folder, system=system)
         _ = checkpoint.config  # damaged is refused now, not in the middle of the work
         return checkpoint
+    if (folder / ARTIFACT) in found.get(".gguf", []):
+        return _open_gguf(folder / ARTIFACT, system)
     if len(found.get(".gguf", [])) == 1:
         return _open_gguf(found[".gguf"][0], system)
     if ".gguf" in found:
