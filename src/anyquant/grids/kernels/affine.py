@@ -9,6 +9,7 @@ import numpy.typing as npt
 from numba import njit
 
 from anyquant.core.dtypes import Float32
+from anyquant.grids.kernels import CACHE
 from anyquant.grids.kernels.symmetric import FAST, HUGE, LANES, MAGIC, ONE, TINY, ZERO, Single, nearest, to_half
 
 MIDDLE, RANGE, SUM_W, SUM_U, LEVELS, SHIFT = (LANES * i for i in range(6))
@@ -19,7 +20,7 @@ SCRATCH = LANES * 17
 WIDEST = np.float32(1e38)  # the range of a group must stay finite; float16 parameters saturate long before
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 def load(weights: Float32, count: int, u: Float32, s: Float32) -> None:
     """`count` groups of flat `weights` to lanes of `u`, with their MIDDLE and RANGE.
 
@@ -50,7 +51,7 @@ def load(weights: Float32, count: int, u: Float32, s: Float32) -> None:
             u[r, lane] = (u[r, lane] - s[MIDDLE + lane]) * s[TEMPORARY + lane]
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 def weigh(importance: Float32, spread: bool, u: Float32, w: Float32, s: Float32) -> None:
     """w = importance * sqrt(SPREAD + (weight / range)^2), or importance alone; SUM_W and SUM_U under it."""
     for lane in range(LANES):
@@ -71,7 +72,7 @@ def weigh(importance: Float32, spread: bool, u: Float32, w: Float32, s: Float32)
             s[SUM_U + lane] += w[r, lane] * u[r, lane]
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 def accumulate(u: Float32, w: Float32, high: Single, s: Float32) -> None:
     """SUM_L = sum w l, SUM_LL = sum w l^2, SUM_UL = sum w u l, where l = nearest(u * LEVELS + SHIFT)."""
     for lane in range(LANES):
@@ -101,7 +102,7 @@ def solve(lane: int, s: Float32) -> tuple[Single, Single]:
     return scale, offset
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 def climb(u: Float32, w: Float32, ladder: Float32, high: Single, s: Float32) -> None:
     """SCALE, OFFSET = the least-squares pair of the candidate (levels per range, shift) in `ladder` that gains most."""
     for lane in range(LANES):
@@ -119,7 +120,7 @@ def climb(u: Float32, w: Float32, ladder: Float32, high: Single, s: Float32) -> 
             s[OFFSET + lane] = offset if better else s[OFFSET + lane]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=CACHE, error_model="numpy")
 def store(s: Float32) -> None:
     """Round SCALE and OFFSET to what float16 d and m can hold."""
     for lane in range(LANES):
@@ -128,7 +129,7 @@ def store(s: Float32) -> None:
         s[SCALE + lane] = to_half(s[SCALE + lane] * unit) / unit
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 def measure(u: Float32, w: Float32, high: Single, s: Float32) -> None:
     """ERROR = sum w (u - SCALE l - OFFSET)^2 with the nearest levels, and the sums over those levels."""
     for lane in range(LANES):
@@ -144,7 +145,7 @@ def measure(u: Float32, w: Float32, high: Single, s: Float32) -> None:
             s[ERROR + lane] += w[r, lane] * difference * difference
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 def improve(u: Float32, w: Float32, ladder: Float32, high: Single, s: Float32) -> None:
     """CHOSEN_* = the best pair found for each lane: the ladder's best, that refitted twice, or minimum to maximum."""
     climb(u, w, ladder, high, s)
@@ -163,7 +164,7 @@ def improve(u: Float32, w: Float32, ladder: Float32, high: Single, s: Float32) -
             s[OFFSET + lane] = np.float32(-0.5) if attempt == 2 else offset
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=CACHE, error_model="numpy")
 def search(
     weights: Float32,
     importance: Float32,
@@ -196,7 +197,7 @@ def search(
             minima[first + lane] = to_half(s[MIDDLE + lane] + s[CHOSEN_OFFSET + lane] * s[RANGE + lane])
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=CACHE, error_model="numpy")
 def encode(weights: Float32, scales: Float32, minima: Float32, high: Single, codes: npt.NDArray[np.uint8]) -> None:
     """codes = clamp(rint((w - minimum) / scale), 0, high), all flat; `codes` uint8, one scale per group."""
     size = weights.size // scales.size

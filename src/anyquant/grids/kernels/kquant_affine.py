@@ -16,6 +16,7 @@ rounding noise does not decide between trials that are nearly equal (from 0, it 
 import numpy as np
 from numba import njit
 
+from anyquant.grids.kernels import CACHE
 from anyquant.grids.kernels.kquant_chunk import (
     BEST,
     BEST_L,
@@ -71,7 +72,7 @@ from anyquant.grids.kquant_search import SUPER
 SINGULAR = np.float32(1e-6)
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 def summarize(highest, x, w, scratch):  # type: ignore[no-untyped-def]
     """Range, sum of weights and weighted sum of each lane; the search starts from the whole range."""
     width, lanes = x.shape
@@ -115,7 +116,7 @@ def eight(x, w, first, lane, minimum, inverse, highest, sums):  # type: ignore[n
     return sum_l, sum_ll, sum_xl
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 def search(steps, highest, x, w, scratch):  # type: ignore[no-untyped-def]
     width, lanes = x.shape
     centre = middle(highest)
@@ -186,7 +187,7 @@ def step_by_trial(source, metric, target, trials, most, depth, lanes, scratch): 
             scratch[target + block * DEPTH + row] = scratch[target + row]
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 def settle(trials, highest, most, depth, lanes, scratch):  # type: ignore[no-untyped-def]
     """Stored parameters from the ideal ones; what rounding the scale costs, once the minimum has adapted, is
     (change of scale)^2 * (sum w l^2 - (sum w l)^2 / sum w)."""
@@ -207,7 +208,7 @@ def settle(trials, highest, most, depth, lanes, scratch):  # type: ignore[no-unt
         scratch[INT_MINIMUM + lane] = integer
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 def evaluate(highest, x, w, scratch):  # type: ignore[no-untyped-def]
     """Round every weight with (TRIAL, TRIAL_MINIMUM); keep those integers, and the sums, where they explain more."""
     width, lanes = x.shape
@@ -239,7 +240,7 @@ def evaluate(highest, x, w, scratch):  # type: ignore[no-untyped-def]
         scratch[BEST_XL + lane] = sum_xl if better else scratch[BEST_XL + lane]
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 def neighbours(highest, most, x, w, scratch):  # type: ignore[no-untyped-def]
     """Per sub-block the stored pair, or the scale one more, one less or the same with the minimum that suits it."""
     lanes = x.shape[1]
@@ -262,7 +263,7 @@ def neighbours(highest, most, x, w, scratch):  # type: ignore[no-untyped-def]
         evaluate(highest, x, w, scratch)
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 def refit(highest, lanes, scratch):  # type: ignore[no-untyped-def]
     """Least squares for (d, d_minimum) with levels and integers kept, rounded to float16, taken only if better."""
     centre = middle(highest)
@@ -300,7 +301,7 @@ def refit(highest, lanes, scratch):  # type: ignore[no-untyped-def]
         scratch[D_MINIMUM + lane] = new_minimum if better else d_minimum
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 def emit(weights, row, rows, column, width, limit, highest, scratch, out, codes):  # type: ignore[no-untyped-def]
     """Write the stored parameters, and the nearest levels of the weights, row by row."""
     d_out, minimum_out, int_scale_out, int_minimum_out = out
@@ -323,7 +324,7 @@ def emit(weights, row, rows, column, width, limit, highest, scratch, out, codes)
             target[i] = np.uint8(np.int32(nearest((value + shift[i]) * inverse[i], ZERO, highest)))
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 def quantize(weights, importance, kind, factor, shape, steps, trials, rounds, out, codes):  # type: ignore[no-untyped-def]
     """Quantize a matrix whose columns are a multiple of 256. `shape` is (width, highest level, largest integer),
     `out` the arrays (d, d_minimum, scale, minimum); all float arguments are float32."""

@@ -13,6 +13,7 @@ safe because NaN and infinity never arise: weights are clipped to what the grid 
 import numpy as np
 from numba import njit
 
+from anyquant.grids.kernels import CACHE
 from anyquant.grids.kquant_search import ABSOLUTE, IMPORTANCE, IMPORTANCE_SPREAD, LARGEST_HALF, SQUARE, SUPER, TINY
 
 FAST = {"nnan", "ninf", "nsz", "contract"}
@@ -75,7 +76,7 @@ def ratio(numerator, denominator):  # type: ignore[no-untyped-def]
     return numerator / denominator if denominator > ZERO else ZERO
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 def load(weights, row, rows, column, limit, x):  # type: ignore[no-untyped-def]
     """Rows [row, row + rows) of the super-blocks that start at `column`, clipped to +-limit, tiny ones flushed."""
     width, lanes = x.shape
@@ -109,7 +110,7 @@ def share_sum(source, lanes, scratch):  # type: ignore[no-untyped-def]
         reach *= 2
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 def super_mean_square(x, scratch):  # type: ignore[no-untyped-def]
     """Mean of x^2 over each super-block, into every lane of ERROR."""
     width, lanes = x.shape
@@ -123,7 +124,7 @@ def super_mean_square(x, scratch):  # type: ignore[no-untyped-def]
         scratch[ERROR + lane] /= np.float32(SUPER)
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 def weigh(kind, importance, column, factor, x, w, scratch):  # type: ignore[no-untyped-def]
     """Fill `w` with the weight of each squared error, as `kind` says."""
     width, lanes = x.shape

@@ -8,6 +8,7 @@ the stored values. Scales are signed: the range has one level more on the negati
 import numpy as np
 from numba import njit
 
+from anyquant.grids.kernels import CACHE
 from anyquant.grids.kernels.kquant_chunk import (
     BEST,
     BEST_LL,
@@ -53,7 +54,7 @@ def reciprocal(value):  # type: ignore[no-untyped-def]
     return ONE / value if value != ZERO else ZERO
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 def summarize(x, scratch):  # type: ignore[no-untyped-def]
     """The weight of largest magnitude of each lane."""
     for lane in range(LANES):
@@ -78,7 +79,7 @@ def eight(x, w, first, lane, inverse, highest, sum_ll, sum_xl):  # type: ignore[
     return sum_ll, sum_xl
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 def search(steps, highest, x, w, scratch):  # type: ignore[no-untyped-def]
     for step in steps:
         for lane in range(LANES):
@@ -93,7 +94,7 @@ def search(steps, highest, x, w, scratch):  # type: ignore[no-untyped-def]
             scratch[BEST_LL + lane] = sum_ll if better else scratch[BEST_LL + lane]
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 def settle(trials, most, depth, scratch):  # type: ignore[no-untyped-def]
     """Float16 d per super-block so that integers -most .. most - 1 times it are near the ideal scales; the integers.
 
@@ -132,7 +133,7 @@ def settle(trials, most, depth, scratch):  # type: ignore[no-untyped-def]
         scratch[INT_SCALE + lane] = integer
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 def neighbours(highest, most, x, w, scratch):  # type: ignore[no-untyped-def]
     """Per sub-block the stored scale, one more or one less: whichever leaves the least error once levels re-round."""
     for lane in range(LANES):
@@ -153,7 +154,7 @@ def neighbours(highest, most, x, w, scratch):  # type: ignore[no-untyped-def]
             scratch[SUM_XL + lane] = sum_xl if better else scratch[SUM_XL + lane]
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 def refit(scratch):  # type: ignore[no-untyped-def]
     """Least squares for d with levels and integers kept, rounded to float16, taken only if better."""
     for lane in range(LANES):
@@ -169,7 +170,7 @@ def refit(scratch):  # type: ignore[no-untyped-def]
         scratch[D + lane] = trial if abs(trial - ideal) < abs(d - ideal) else d
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 def emit(weights, row, rows, column, limit, highest, scratch, out, codes):  # type: ignore[no-untyped-def]
     """Write the stored parameters, and the nearest levels of the weights, row by row."""
     d_out, int_scale_out = out
@@ -188,7 +189,7 @@ def emit(weights, row, rows, column, limit, highest, scratch, out, codes):  # ty
             target[i] = np.uint8(np.int32(nearest(value * inverse[i], -highest, highest - ONE) + highest))
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 def quantize(weights, importance, kind, factor, shape, steps, trials, rounds, out, codes):  # type: ignore[no-untyped-def]
     """Quantize a matrix whose columns are a multiple of 256. `shape` is (16, highest, most), `out` the arrays
     (d, scale); all float arguments are float32."""

@@ -10,10 +10,12 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from anyquant.grids.kernels import CACHE
+
 Bytes = npt.NDArray[np.uint8]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=CACHE)
 def nibbles_16(codes: Bytes, out: Bytes, block: int, size: int, offset: int) -> None:
     """Low four bits, byte j = code j and code j + 16."""
     for index in range(codes.size // block):
@@ -24,7 +26,7 @@ def nibbles_16(codes: Bytes, out: Bytes, block: int, size: int, offset: int) -> 
                 target[j] = (source[j] & 15) | ((source[j + 16] & 15) << 4)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=CACHE)
 def nibbles_32(codes: Bytes, out: Bytes, block: int, size: int, offset: int) -> None:
     """Low four bits, byte j = code j and code j + 32."""
     for index in range(codes.size // block):
@@ -35,7 +37,7 @@ def nibbles_32(codes: Bytes, out: Bytes, block: int, size: int, offset: int) -> 
                 target[j] = (source[j] & 15) | ((source[j + 32] & 15) << 4)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=CACHE)
 def nibbles_64(codes: Bytes, out: Bytes, block: int, size: int, offset: int) -> None:
     """Low four bits, byte j = code j and code j + 64."""
     for index in range(codes.size // block):
@@ -46,7 +48,7 @@ def nibbles_64(codes: Bytes, out: Bytes, block: int, size: int, offset: int) -> 
                 target[j] = (source[j] & 15) | ((source[j + 64] & 15) << 4)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=CACHE)
 def pairs_low(codes: Bytes, out: Bytes, block: int, size: int, offset: int) -> None:
     """Bits 0 and 1, byte j = codes j, j + 32, j + 64, j + 96."""
     for index in range(codes.size // block):
@@ -58,7 +60,7 @@ def pairs_low(codes: Bytes, out: Bytes, block: int, size: int, offset: int) -> N
                 target[j] = low | ((source[j + 64] & 3) << 4) | ((source[j + 96] & 3) << 6)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=CACHE)
 def pairs_high(codes: Bytes, out: Bytes, block: int, size: int, offset: int) -> None:
     """Bits 4 and 5, byte j = codes j, j + 32, j + 64, j + 96."""
     for index in range(codes.size // block):
@@ -70,7 +72,7 @@ def pairs_high(codes: Bytes, out: Bytes, block: int, size: int, offset: int) -> 
                 target[j] = low | (((source[j + 64] >> 4) & 3) << 4) | (((source[j + 96] >> 4) & 3) << 6)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=CACHE)
 def singles_2(codes: Bytes, out: Bytes, block: int, size: int, offset: int) -> None:
     """Bit 2 of 256 codes, bit k of byte j = code j + 32 k."""
     for index in range(codes.size // block):
@@ -84,7 +86,7 @@ def singles_2(codes: Bytes, out: Bytes, block: int, size: int, offset: int) -> N
             target[j] = low | (high << 4)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=CACHE)
 def singles_4(codes: Bytes, out: Bytes, block: int, size: int, offset: int) -> None:
     """Bit 4 of 256 codes, bit k of byte j = code j + 32 k."""
     for index in range(codes.size // block):
@@ -98,7 +100,7 @@ def singles_4(codes: Bytes, out: Bytes, block: int, size: int, offset: int) -> N
             target[j] = low | (high << 4)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=CACHE)
 def word_of_fifth_bits(codes: Bytes, out: Bytes, block: int, size: int, offset: int) -> None:
     """Bit 4 of 32 codes in order, as four bytes."""
     words = codes.view(np.uint64)
@@ -122,7 +124,7 @@ PLANES: dict[tuple[int, int, int], Callable[[Bytes, Bytes, int, int, int], None]
 }
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=CACHE)
 def pack_six_bit(scale: Bytes, minimum: Bytes, out: Bytes, size: int, offset: int) -> None:
     """The 12 bytes of eight 6-bit scales and eight 6-bit minima per block (Q4_K, Q5_K), both flat uint8."""
     for index in range(scale.size // 8):

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from numba import njit
 
 from anyquant.core.dtypes import Float32
+from anyquant.grids.kernels import CACHE
 
 Single = Any  # one float32: mypy knows no type that is both NumPy's scalar and what its arithmetic gives
 Limits = tuple[Single, Single, Single, bool]
@@ -62,7 +63,7 @@ def nearest(value: Single, low: Single, high: Single) -> Single:
     return (min(max(value, low), high) + MAGIC) - MAGIC
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 def load(weights: Float32, count: int, signed: bool, u: Float32, s: Float32) -> None:
     """`count` groups of flat `weights` to lanes of `u`, divided by UNIT: the largest magnitude, `signed` or not.
 
@@ -91,7 +92,7 @@ def load(weights: Float32, count: int, signed: bool, u: Float32, s: Float32) -> 
             u[r, lane] *= s[SUM_X + lane]
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 def weigh(importance: Float32, spread: bool, u: Float32, w: Float32, s: Float32) -> None:
     """w = importance * sqrt(SPREAD + u^2), or importance alone; `importance` (size, lanes or more)."""
     for r in range(u.shape[0]):
@@ -104,7 +105,7 @@ def weigh(importance: Float32, spread: bool, u: Float32, w: Float32, s: Float32)
                 w[r, lane] = some[lane]
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 def accumulate(u: Float32, w: Float32, low: Single, high: Single, s: Float32) -> None:
     """SUM_X = sum w u l and SUM_L = sum w l^2 under the scale LEVEL_SCALE of levels per unit, eight rows per step."""
     for lane in range(LANES):
@@ -121,7 +122,7 @@ def accumulate(u: Float32, w: Float32, low: Single, high: Single, s: Float32) ->
             s[SUM_X + lane], s[SUM_L + lane] = mixed, square
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 def climb(u: Float32, w: Float32, ladder: Float32, low: Single, high: Single, s: Float32) -> None:
     """TRIED = the least-squares scale, per unit, of the candidate in `ladder` (levels per unit) that gains most.
 
@@ -141,7 +142,7 @@ def climb(u: Float32, w: Float32, ladder: Float32, low: Single, high: Single, s:
             s[TRIED + lane] = scale if better else s[TRIED + lane]
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 def measure(u: Float32, w: Float32, low: Single, high: Single, s: Float32) -> None:
     """ERROR = sum w (u - TRIED l)^2 with the nearest levels, and SUM_X, SUM_L of those levels."""
     for lane in range(LANES):
@@ -155,14 +156,14 @@ def measure(u: Float32, w: Float32, low: Single, high: Single, s: Float32) -> No
             s[ERROR + lane] += w[r, lane] * difference * difference
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=CACHE, error_model="numpy")
 def store(half: bool, s: Float32) -> None:
     """Round TRIED, times UNIT, to what the format stores."""
     for lane in range(LANES):
         s[TRIED + lane] = to_stored(s[TRIED + lane] * s[UNIT + lane], half) / s[UNIT + lane]
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 def improve(u: Float32, w: Float32, ladder: Float32, limits: Limits, s: Float32) -> None:
     """CHOSEN = the best scale found for each lane, per unit: the ladder's best, that refitted, or plain rounding.
 
@@ -183,7 +184,7 @@ def improve(u: Float32, w: Float32, ladder: Float32, limits: Limits, s: Float32)
             s[TRIED + lane] = ONE / plain if attempt == 1 else refitted
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=CACHE, error_model="numpy")
 def search(
     weights: Float32,
     importance: Float32,
@@ -216,7 +217,7 @@ def search(
             scales[first + lane] = to_stored(s[CHOSEN + lane] * s[UNIT + lane], limits[3])
 
 
-@njit(nogil=True, cache=True, fastmath={"nnan", "nsz"}, error_model="numpy")
+@njit(nogil=True, cache=CACHE, fastmath={"nnan", "nsz"}, error_model="numpy")
 def largest_magnitudes(weights: Float32, out: Float32) -> None:
     """max |w| of every group, both flat. Exact: the flags only allow vectors."""
     size = weights.size // out.size
@@ -229,7 +230,7 @@ def largest_magnitudes(weights: Float32, out: Float32) -> None:
         out[group] = largest
 
 
-@njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
+@njit(nogil=True, cache=CACHE, fastmath={"contract"}, error_model="numpy")
 def mean_squares(weights: Float32, out: Float32) -> None:
     """Mean of w^2 of every row of `weights` (rows, in), in multiples of 16, summed up in a fixed order."""
     columns = weights.shape[1]
@@ -245,7 +246,7 @@ def mean_squares(weights: Float32, out: Float32) -> None:
         out[row] = np.float32(total / columns)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=CACHE, error_model="numpy")
 def encode(
     weights: Float32, scales: Float32, low: Single, high: Single, zero: Single, codes: npt.NDArray[np.int8]
 ) -> None:
