@@ -209,6 +209,26 @@ def test_a_tokenizer_larger_than_the_embedding_is_bad_input(model: Path) -> None
         read_tokenizer(open_checkpoint(model), 600)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s.update(normalizer=[]),
+        lambda s: s.update(added_tokens=5),
+        lambda s: s["model"].update(merges=True),
+        lambda s: s["model"].update(vocab=[1]),
+        lambda s: s.update(post_processor={"type": "Sequence", "processors": [1]}),
+        lambda s: s.update(post_processor={"type": "TemplateProcessing", "single": "x"}),
+        lambda s: s["pre_tokenizer"]["pretokenizers"].append("x"),
+    ],
+)
+def test_a_damaged_tokenizer_is_bad_input(
+    change: Callable[[dict[str, Any]], object], model: Path, tmp_path: Path
+) -> None:
+    folder = with_stored(model, tmp_path / "in", change)
+    with pytest.raises(BadInputError, match=str(folder)):
+        read(folder)
+
+
 def test_sentencepiece_without_json_is_named(model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(model, folder)

@@ -69,6 +69,18 @@ def read_tokenizer(checkpoint: Checkpoint, vocabulary: int) -> GGUFTokenizer:
     """
     where = f"{checkpoint.location}/tokenizer.json"
     stored = _read_stored(checkpoint, where)
+    try:
+        return _understand(checkpoint, stored, vocabulary, where)
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+    ) as error:  # foreign data, nested deep: wrong kinds of value
+        raise BadInputError(f"{where}, or a file beside it, is not built as tokenizers are: {error}") from None
+
+
+def _understand(checkpoint: Checkpoint, stored: Mapping[str, Any], vocabulary: int, where: str) -> GGUFTokenizer:
     model = _object(stored, "model", where)
     _refuse_model(model, where)
     pretokenizer = _recognise(stored, bool(model.get("ignore_merges")), where)
