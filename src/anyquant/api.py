@@ -40,9 +40,7 @@ def source_of(path: Path) -> Checkpoint:
     """The checkpoint to quantize. Raises UnsupportedError for an artifact."""
     checkpoint = open_checkpoint(path)
     if isinstance(checkpoint, GGUFFile):
-        raise UnsupportedError(
-            f"{path}: a GGUF file is no source yet; give the folder of the model it came from"
-        )
+        raise UnsupportedError(f"{path}: a GGUF file is no source yet; give the folder of the model it came from")
     return checkpoint
 
 

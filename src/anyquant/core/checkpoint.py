@@ -43,6 +43,10 @@ class Checkpoint(Protocol):
 
     location: str
 
+    def __hash__(self) -> int:
+        """By identity: what was read of one checkpoint may be remembered for it."""
+        ...
+
     @property
     def config(self) -> Mapping[str, Any]:
         """The model's `config.json` (empty where the file format has none)."""

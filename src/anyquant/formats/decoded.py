@@ -30,7 +30,7 @@ class Decoder(Protocol):
     ) -> QTensor: ...
 
 
-@dataclass
+@dataclass(eq=False)
 class DecodedArtifact:
     """`units` fill the artifact; `read(part, offset, nbytes)` gives bytes of a part, `carried(unit)` decoded values."""
 

@@ -15,7 +15,7 @@ from anyquant.grids import grid as find_grid
 from anyquant.models.detect import detect
 from anyquant.pipeline.measure import ReferenceLogits, compare
 from anyquant.pipeline.targets import expect_libraries
-from anyquant.pipeline.texts import source_tokenizer
+from anyquant.pipeline.texts import source_tokenizer, usable_context
 from anyquant.runtimes import RUNTIMES
 from anyquant.runtimes.transformers import TransformersRuntime
 from anyquant.store.gguf import GGUFFile
@@ -121,7 +121,7 @@ def evaluate(artifact: Path, against: Path, judging: Judging, progress: Progress
     source: Checkpoint = open_checkpoint(against)
     architecture = detect(source)
     tokenizer = source_tokenizer(source)
-    context = min(judging.context, architecture.dimensions.context)
+    context = usable_context(judging.context, architecture)
     if judging.text is None:
         documents = list(demo_splits(tokenizer, context).certify)
     else:

@@ -8,8 +8,8 @@ from anyquant.pipeline.planner import Job
 
 # million weights per second and core, read + quantize + pack + write + verify, on the slower side of what
 # `make bench` prints; only an order of magnitude is claimed
-RATES = {"kquant": 40.0, "legacy": 60.0, "integer": 40.0, "floating": 150.0}
-BASE_MEMORY = 260_000_000  # interpreter, numpy, numba and their caches
+RATES = {"kquant": 55.0, "legacy": 70.0, "integer": 50.0, "floating": 150.0}
+BASE_MEMORY = 160_000_000  # interpreter, numpy, numba and their caches
 TORCH_MEMORY = 450_000_000  # torch and transformers loaded
 BYTES_PER_BLOCK_WEIGHT = 40  # source, float32, codes, temporaries of one block in flight
 MULTIPLY_RATE = 20e9  # float32 operations per second and core

@@ -8,6 +8,7 @@ from anyquant.calibrate.stats import Statistics
 from anyquant.calibrate.stream import collect
 from anyquant.calibrate.text import Document
 from anyquant.core.checkpoint import Checkpoint
+from anyquant.core.linear import Role
 from anyquant.core.progress import Progress
 from anyquant.formats import FORMATS
 from anyquant.models.architecture import Architecture
@@ -29,7 +30,9 @@ def gather(
     path = Path(calibration.imatrix)
     names = FORMATS.get("gguf").part_names(architecture)
     found = read_imatrix(path, architecture.linears, names)
-    for name in found.statistics.missing:
+    by_name = architecture.by_name
+    # an embedding that is only looked up never has an entry
+    for name in (name for name in found.statistics.missing if by_name[name].role is not Role.EMBEDDING):
         progress.say(f"warning: {path}: no entry for {name}: every channel of it counts the same")
     for tensor in found.unknown:
         progress.say(f"warning: {path}: entry {tensor} belongs to no tensor of this model")

@@ -32,12 +32,23 @@ def source_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     return load_tokenizer(content, f"{checkpoint.location}/tokenizer.json")
 
 
+def usable_context(wanted: int, architecture: Architecture) -> int:
+    """Tokens of a document: no more than the model's context, nor than where its LongRoPE changes factors.
+
+    llama.cpp chooses the factors by the context it was opened with, `transformers` by the length of the text.
+    """
+    dimensions = architecture.dimensions
+    original = dimensions.rope_scaling.get("original_max_position_embeddings")
+    limits = [wanted, dimensions.context, *([int(original)] if isinstance(original, int) else [])]
+    return min(limits)
+
+
 def load_splits(tokenizer: Tokenizer, architecture: Architecture, calibration: Calibration) -> Splits:
     """Tokenized documents. Raises InconclusiveError when the text is too short for three disjoint splits.
 
     A few long files cannot be divided between the splits as wholes: then their windows are, as those of a single file.
     """
-    context = min(calibration.context, architecture.dimensions.context)
+    context = usable_context(calibration.context, architecture)
     if calibration.text is None:
         return demo_splits(tokenizer, context)
     amounts = Amounts(tokens=(calibration.tokens, calibration.tokens // 3, calibration.tokens * 2 // 3))

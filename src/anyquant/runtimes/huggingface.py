@@ -38,7 +38,8 @@ def _refusals(folder: Path) -> list[str]:
     reasons = []
     if config.get("model_type") not in FAMILIES:
         reasons.append(f"model type {config.get('model_type')!r} is not one of {', '.join(sorted(FAMILIES))}")
-    method = (config.get("quantization_config") or {}).get("quant_method", "compressed-tensors")
+    settings = config.get("quantization_config") or {}
+    method = settings.get("quant_method") if isinstance(settings, dict) and settings else "compressed-tensors"
     if method != "compressed-tensors":
         reasons.append(f"quantization method {method!r} is not opened here")
     if not (folder / TOKENIZER).is_file():

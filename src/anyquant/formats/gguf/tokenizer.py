@@ -8,7 +8,7 @@ chat templates put none there.
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Any
 
@@ -61,8 +61,9 @@ def add_tokenizer(writer: Any, tokenizer: GGUFTokenizer) -> None:
         writer.add_chat_template(tokenizer.chat_template)
 
 
+@lru_cache(maxsize=1)
 def read_tokenizer(checkpoint: Checkpoint, vocabulary: int) -> GGUFTokenizer:
-    """The tokenizer of a checkpoint whose embedding has `vocabulary` rows.
+    """The tokenizer of a checkpoint whose embedding has `vocabulary` rows; the last one is remembered.
 
     Raises UnsupportedError for what llama.cpp or this writer cannot do, BadInputError for files that contradict
     themselves.
