@@ -18,7 +18,7 @@ from anyquant.pipeline import artifacts
 from anyquant.pipeline.cost import Planned, estimate
 from anyquant.pipeline.make import Maker, Request
 from anyquant.pipeline.planner import draft_job
-from anyquant.pipeline.recipe import Calibration, Recipe, load_recipe
+from anyquant.pipeline.recipe import Calibration, Recipe, canonical, load_recipe
 from anyquant.pipeline.report import Report
 from anyquant.pipeline.targets import Target, neutral
 from anyquant.pipeline.targets import target as find_target
@@ -62,7 +62,7 @@ def _recipe(
         calibration = replace(calibration, data_free=True)
     if text is not None:
         calibration = replace(calibration, text=str(text))
-    return replace(recipe, calibration=calibration)
+    return canonical(replace(recipe, calibration=calibration))
 
 
 def _says_what(recipe: Recipe) -> bool:
@@ -107,6 +107,7 @@ def make(
     """
     if quality is not None and contract is not None:
         raise UsageError("give a quality or limits, not both")
+    checkpoint = source_of(model_path(model))
     limits = contract_for(quality) if quality is not None else contract or Contract()
     wish = _recipe(recipe, preset, grid, data_free, text)
     goal = _target(target, wish)
@@ -115,10 +116,9 @@ def make(
         raise UsageError("a quality needs a target to be measured in; name one with --for")
     if not climb and not _says_what(wish):
         wish = _default(goal, wish)
-    path = model_path(model)
     request = Request(
         location=str(model),
-        checkpoint=source_of(path),
+        checkpoint=checkpoint,
         target=goal,
         recipe=wish,
         contract=limits,
@@ -145,11 +145,11 @@ def plan(
     What the target cannot hold is said in `refusal`, beside a complete plan. Raises as `make` does for all else that
     it would refuse before it starts.
     """
+    checkpoint = source_of(model_path(model))
     wish = _recipe(recipe, preset, grid, data_free, None)
     goal = _target(target, wish)
     if not _says_what(wish):
         wish = _default(goal, wish)
-    checkpoint = source_of(model_path(model))
     architecture = detect(checkpoint)
     importance = not wish.calibration.data_free
     job, refusal = draft_job(architecture, checkpoint, rules(goal.format), wish, importance)

@@ -69,7 +69,7 @@ def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"abc\xff\xfe")
     with pytest.raises(BadInputError, match="not UTF-8"):
         read_documents(tmp_path / "a.txt", BYTES, context=64)
-    with pytest.raises(UsageError, match="no text at"):
+    with pytest.raises(BadInputError, match="no text at"):
         read_documents(tmp_path / "missing.txt", BYTES, context=64)
     with pytest.raises(UsageError, match="too short"):
         read_documents(tmp_path / "a.txt", BYTES, context=8)

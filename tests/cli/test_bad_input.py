@@ -205,14 +205,13 @@ USAGE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "quality without a target": (("--quality", "strict"), ("--for",)),
     "preset and grid": (("--for", "llama.cpp", "--preset", "Q8_0", "--grid", "q8_0"), ("--preset", "--grid")),
     "quality and limit": (("--for", "llama.cpp", "--quality", "strict", "--max-kl", "1"), ("quality",)),
-    "negative limit": (("--for", "llama.cpp", "--max-kl", "-1"), ("max_kl", "-1")),
-    "limit that is no number": (("--for", "llama.cpp", "--max-kl", "nan"), ("max_kl", "nan")),
+    "negative limit": (("--for", "llama.cpp", "--max-kl", "-1"), ("--max-kl", "-1")),
+    "limit that is no number": (("--for", "llama.cpp", "--max-kl", "nan"), ("--max-kl", "nan")),
     "no threads": (("--for", "llama.cpp", "--threads", "0"), ("--threads",)),
     "importance without data": (
         ("--for", "llama.cpp", "--data-free", "--imatrix", "x.gguf"),
         ("--data-free", "--imatrix"),
     ),
-    "no such text": (("--for", "llama.cpp", "--preset", "F16", "--text", "/nothing/here.txt"), ("/nothing/here.txt",)),
 }
 
 
@@ -395,3 +394,48 @@ def test_a_killed_run_is_cleaned_up_by_the_next(call: Call, model: Model, tmp_pa
     assert not (tmp_path / "out").exists()
     assert call(*make(model("llama"), tmp_path / "out")).code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_text_or_importance_that_is_not_there(call: Call, model: Model, tmp_path: Path) -> None:
+    for flag in ("--text", "--imatrix"):
+        arguments = ("--for", "llama.cpp", "--preset", "F16", flag, "/nothing/here", "-o", tmp_path / "out")
+        refused(call("make", model("llama"), *arguments), 5, "/nothing/here")
+        refused(call("plan", model("llama"), *arguments[:-2]), 5, "/nothing/here")
+
+
+def test_nothing_is_written_into_the_model(call: Call, model: Model) -> None:
+    folder = model("llama")
+    before = sorted(folder.iterdir())
+    refused(call("make", folder, "--for", "llama.cpp", "--preset", "F16", "-o", folder / "out"), 7, "inside")
+    assert sorted(folder.iterdir()) == before
+
+
+def test_force_keeps_what_others_put_into_an_output(call: Call, model: Model, tmp_path: Path) -> None:
+    arguments = (
+        "make",
+        model("llama"),
+        "--for",
+        "llama.cpp",
+        "--preset",
+        "F16",
+        "--data-free",
+        "-q",
+        "-o",
+        tmp_path / "o",
+    )
+    assert call(*arguments).code == 0
+    assert call(*arguments, "--force").code == 0
+    (tmp_path / "o" / "notes.txt").write_text("mine")
+    refused(call(*arguments, "--force"), 7, "notes.txt")
+    assert (tmp_path / "o" / "notes.txt").read_text() == "mine"
+
+
+def test_an_artifact_that_was_changed_is_not_measured(call: Call, model: Model, tmp_path: Path) -> None:
+    out = tmp_path / "o"
+    assert (
+        call("make", model("llama"), "--for", "llama.cpp", "--preset", "F16", "--data-free", "-q", "-o", out).code == 0
+    )
+    raw = bytearray((out / "model.gguf").read_bytes())
+    raw[-4000:] = b"\xff" * 4000
+    (out / "model.gguf").write_bytes(raw)
+    refused(call("evaluate", out, "--against", model("llama"), "-q"), 5, "sha256")

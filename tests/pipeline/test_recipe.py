@@ -82,7 +82,7 @@ def test_everything_that_a_file_can_say(tmp_path: Path) -> None:
         ("version = 1\n[[rule]]\npattern = 1\ngrid = 'f32'", "rule 0: pattern is 1, expected str"),
         ("version = 1\n[calibration]\ntoken = 5", "calibration: unknown key 'token'; did you mean tokens"),
         ("version = 1\n[calibration]\ntokens = true", "tokens is True, expected int"),
-        ("version = 1\n[calibration]\ncontext = 1", "context is 1, expected at least 2"),
+        ("version = 1\n[calibration]\ncontext = 1", "context is 1, expected at least 32"),
         ("version = 1\n[calibration]\ndata_free = 'yes'", "data_free is 'yes', expected bool"),
         ("version = 1\ncalibration = 3", "calibration is 3, expected dict"),
     ],

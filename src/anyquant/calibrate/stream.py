@@ -22,8 +22,10 @@ def collect(
 ) -> Statistics:
     """Second moments of every input group of the blocks and of the head's input.
 
-    `documents` are token ids. Progress counts tokens x blocks. Raises UsageError when there are no tokens,
-    BadInputError naming the module when an activation is not finite, UnsupportedError for experts.
+    `documents` are token ids. Progress counts tokens; each block is its share of them.
+
+    Raises UsageError when there are no tokens, BadInputError naming the module when an activation is not finite,
+    UnsupportedError for experts.
     """
     if not any(len(document) for document in documents):
         raise UsageError("no tokens to calibrate with; give a longer text")
@@ -31,7 +33,7 @@ def collect(
     observed = observed_groups(architecture)
     model = StreamedModel(checkpoint, architecture)
     batches = model.embed([document for document in documents if len(document)])
-    sink.start("calibrate", float(sum(batch.tokens for batch in batches) * model.blocks), "tokens")
+    sink.start("calibrate", float(sum(batch.tokens for batch in batches)), "tokens")
     moments: dict[str, SecondMoments] = {}
     for index in range(model.blocks):
         groups = {group: linear for group, linear in observed.items() if linear.block == index}
@@ -65,7 +67,7 @@ def _observe_block(
     with model.block(index) as block, _watching(model, groups, moments):
         for batch in batches:
             model.advance(index, block, batch)
-            progress.advance(batch.tokens)
+            progress.advance(batch.tokens / model.blocks)
     return moments
 
 

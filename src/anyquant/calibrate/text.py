@@ -106,7 +106,7 @@ def read_documents(
     if context < _SHORTEST:
         raise UsageError(f"a context of {context} tokens is too short to measure on; use at least {_SHORTEST}")
     if not path.exists():
-        raise UsageError(f"no text at {path}; give a text file, a folder of .txt or .md files, or a .jsonl file")
+        raise BadInputError(f"no text at {path}; give a text file, a folder of .txt or .md files, or a .jsonl file")
     if path.is_dir():
         documents = _folder(path, tokenizer, context)
     elif path.suffix.lower() == ".jsonl":

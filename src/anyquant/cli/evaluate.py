@@ -14,8 +14,12 @@ from anyquant.cli.tables import print_measures
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--against", required=True, metavar="MODEL", help="The original checkpoint.")
 @click.option("--text", type=click.Path(), metavar="PATH", help="Text file, folder or .jsonl (default: built-in text).")
-@click.option("--tokens", type=click.IntRange(2), metavar="N", help="Most tokens to measure on (default: all).")
-@click.option("--context", type=click.IntRange(32), default=512, show_default=True, help="Tokens of a document.")
+@click.option(
+    "--tokens", type=click.IntRange(2), metavar="N", help="Stop with the document that reaches N tokens (default: all)."
+)
+@click.option(
+    "--context", type=click.IntRange(32), metavar="N", default=512, show_default=True, help="Tokens of a document."
+)
 @click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Cores to use (default: all).")
 @click.option("--json", "as_json", is_flag=True, help="Print everything, each document too, as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")

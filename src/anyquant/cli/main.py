@@ -20,6 +20,8 @@ VERBS = {
     "evaluate": "Measure an artifact against the original on a text.",
     "run": "Generate text with an artifact, in its own runtime.",
 }
+# verbs that write nothing but text
+WITHOUT_OUTPUT = ("plan", "inspect", "run")
 
 
 class Verbs(click.Group):
@@ -72,8 +74,10 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # the libraries' own progress bars would be drawn through ours
     os.environ.setdefault("TQDM_DISABLE", "1")
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
+    if sys.argv[1:2] and sys.argv[1] in WITHOUT_OUTPUT:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends them, as it does every other tool
     try:
         anyquant.main(standalone_mode=False)
     except AnyQuantError as error:

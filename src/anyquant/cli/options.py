@@ -9,7 +9,7 @@ import click
 
 from anyquant.core.errors import UsageError
 from anyquant.evaluate.verdict import QUALITIES, Contract
-from anyquant.pipeline.recipe import Recipe, load_recipe
+from anyquant.pipeline.recipe import LEAST_CONTEXT, LEAST_TOKENS, Recipe, load_recipe
 
 Decorated = Callable[..., Any]
 
@@ -39,8 +39,12 @@ _TEXT = (
     click.option(
         "--imatrix", type=click.Path(), metavar="FILE", help="llama.cpp importance file, instead of calibrating."
     ),
-    click.option("--tokens", type=click.IntRange(256), metavar="N", help="Most calibration tokens (default 65536)."),
-    click.option("--context", type=click.IntRange(32), metavar="N", help="Tokens of a document (default 512)."),
+    click.option(
+        "--tokens", type=click.IntRange(LEAST_TOKENS), metavar="N", help="Most calibration tokens (default 65536)."
+    ),
+    click.option(
+        "--context", type=click.IntRange(LEAST_CONTEXT), metavar="N", help="Tokens of a document (default 512)."
+    ),
 )
 
 

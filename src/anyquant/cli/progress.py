@@ -39,7 +39,7 @@ class TerminalProgress:
         if self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description:<12}"),
-                BarColumn(32),
+                BarColumn(32, complete_style="cyan", finished_style="cyan"),
                 TextColumn("{task.percentage:>3.0f} %"),
                 _Rate(),
                 TimeRemainingColumn(compact=True),

@@ -1,5 +1,6 @@
 """anyquant run: let an artifact speak."""
 
+import math
 from pathlib import Path
 
 import click
@@ -9,13 +10,17 @@ import click
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.argument("prompt")
 @click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="Most tokens to generate.")
-@click.option("--temperature", type=click.FloatRange(0.0), default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--temperature", type=click.FloatRange(0.0, 100.0), metavar="X", default=0.0, show_default=True, help="0 is greedy."
+)
+@click.option("--seed", type=click.IntRange(0), metavar="N", default=0, show_default=True, help="Of the sampling.")
 @click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Cores to use (default: all).")
 def command(artifact: Path, prompt: str, tokens: int, temperature: float, seed: int, threads: int | None) -> None:
     """Continue PROMPT with ARTIFACT, in the runtime it was made for."""
     from anyquant import api
 
+    if not math.isfinite(temperature):
+        raise click.BadParameter("give a number", param_hint="--temperature")
     pieces = api.run(artifact, prompt, tokens=tokens, temperature=temperature, seed=seed, threads=threads)
     first = next(pieces, "")  # the artifact is open now: an error would have come before anything is shown
     click.echo(prompt + first, nl=False)

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from anyquant.cli.terminal import one_line
 from anyquant.core.ledger import Ledger
+from anyquant.evaluate.bootstrap import ENOUGH_DOCUMENTS
 from anyquant.evaluate.measures import Measures
 from anyquant.pipeline.artifacts import Contents
 from anyquant.pipeline.cost import Planned
@@ -58,12 +59,11 @@ def _points(report: Report) -> Table:
     table.add_column("preset")
     for name in ("bytes", "mean KL", "95 % interval"):
         table.add_column(name, justify="right")
-    table.add_column("")
+    table.add_column("text")
     for point in report.points:
         style = "bold" if point.chosen else ""
         interval = f"{point.low:.5f} to {point.high:.5f}"
-        note = "certified" if point.chosen else ""
-        table.add_row(point.label, f"{point.nbytes:,}", f"{point.kl:.5f}", interval, note, style=style)
+        table.add_row(point.label, f"{point.nbytes:,}", f"{point.kl:.5f}", interval, point.text, style=style)
     return table
 
 
@@ -101,7 +101,7 @@ def print_contents(contents: Contents, tensors: bool) -> None:
     rows = [
         ("path", contents.location),
         ("kind", contents.kind),
-        ("family", contents.family + (f" (not supported: {contents.problem})" if contents.problem else "")),
+        ("family", contents.family + (f" (not a source for make: {contents.problem})" if contents.problem else "")),
         ("weights", f"{contents.weights:,}"),
         ("bytes", f"{contents.nbytes:,} ({human_bytes(contents.nbytes)})"),
     ]
@@ -138,26 +138,30 @@ def _print_metadata(console: Console, contents: Contents) -> None:
     console.print(_pairs(rows))
 
 
+def _range(low: float, high: float, form: str) -> str:
+    """A 95 % interval in brackets; nothing where one document allows none."""
+    return f" ({format(low, form)} to {format(high, form)})" if low == low and high == high else ""
+
+
 def print_measures(measures: Measures) -> None:
     kl, top, ratio = measures.mean_kl, measures.same_top, measures.ppl_ratio
-    spread = f"({kl.interval[0]:.5f} to {kl.interval[1]:.5f}), standard error {kl.standard_error:.1e}"
+    tail = "" if measures.kl_99_9_certified else " (too few tokens to certify)"
+    change = _range(ratio.interval[0] - 1, ratio.interval[1] - 1, "+.2%")
+    noun = "document" if measures.documents == 1 else "documents"
     rows = [
-        ("text", f"{measures.documents} documents, {measures.tokens:,} tokens"),
-        (
-            "mean KL",
-            f"{kl.value:.5f} nats {spread}",
-        ),
-        (
-            "99.9 % KL",
-            f"{measures.kl_99_9:.4f} nats" + ("" if measures.kl_99_9_certified else " (too few tokens to certify)"),
-        ),
-        ("same top token", f"{top.value:.2%} ({top.interval[0]:.2%} to {top.interval[1]:.2%})"),
+        ("text", f"{measures.documents} {noun}, {measures.tokens:,} tokens"),
+        ("mean KL", f"{kl.value:.5f} nats{_range(*kl.interval, '.5f')}"),
+        ("99.9 % KL", f"{measures.kl_99_9:.4f} nats{tail}"),
+        ("same top token", f"{top.value:.2%}{_range(*top.interval, '.2%')}"),
         ("perplexity", f"{measures.ppl_candidate:.3f}, original {measures.ppl_reference:.3f}"),
-        ("increase", f"{ratio.value - 1:+.2%} ({ratio.interval[0] - 1:+.2%} to {ratio.interval[1] - 1:+.2%})"),
+        ("increase", f"{ratio.value - 1:+.2%}{change}"),
     ]
     if measures.nonfinite:
         rows.append(("not finite", f"{measures.nonfinite} positions, first in {measures.nonfinite_document}"))
     console = _console()
     console.print(_pairs(rows))
-    if not measures.conclusive:
-        console.print(_text("fewer than 30 documents or values that are not finite: no verdict may rest on this"))
+    console.print(_text("In brackets: 95 % intervals, from the spread between documents."))
+    if measures.nonfinite:
+        console.print(_text("Values that are not finite: no verdict may rest on this."))
+    elif not measures.conclusive:
+        console.print(_text(f"Fewer than {ENOUGH_DOCUMENTS} documents: no verdict may rest on this."))

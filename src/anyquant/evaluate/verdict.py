@@ -43,9 +43,10 @@ class Contract:
         for item in fields(self):
             value = getattr(self, item.name)
             if value is not None and not (math.isfinite(value) and value >= 0):
-                raise UsageError(f"limit {item.name} is {value}; give a finite number that is not negative")
+                flag = "--" + item.name.replace("_", "-")
+                raise UsageError(f"{flag} is {value}; give a finite number that is not negative")
         if self.min_same_top is not None and self.min_same_top > 1:
-            raise UsageError(f"limit min_same_top is {self.min_same_top}; it is a share, give a number of 0 to 1")
+            raise UsageError(f"--min-same-top is {self.min_same_top}; it is a share, give a number of 0 to 1")
 
     @property
     def empty(self) -> bool:

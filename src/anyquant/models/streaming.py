@@ -182,13 +182,13 @@ class StreamedModel:
         batch.states = output[0] if isinstance(output, tuple) else output
 
     def run_blocks(self, batches: Sequence[Batch], progress: Progress | None = None) -> None:
-        """All batches through all blocks; `progress` advances by tokens x blocks."""
+        """All batches through all blocks; `progress` advances by tokens; each block is its share."""
         sink = progress or Silent()
         for index in range(self.blocks):
             with self.block(index) as block:
                 for batch in batches:
                     self.advance(index, block, batch)
-                    sink.advance(batch.tokens)
+                    sink.advance(batch.tokens / self.blocks)
 
     def head_input(self, states: Any) -> Any:
         """What the head multiplies: `states` (documents, length, hidden) of the last block through the final norm."""

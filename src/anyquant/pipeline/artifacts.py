@@ -8,7 +8,7 @@ from tempfile import gettempdir
 
 from anyquant.calibrate.text import demo_splits, read_documents
 from anyquant.core.checkpoint import Checkpoint, TensorSpec
-from anyquant.core.errors import AnyQuantError, InconclusiveError, UsageError
+from anyquant.core.errors import AnyQuantError, BadInputError, InconclusiveError, UsageError
 from anyquant.core.progress import Progress
 from anyquant.evaluate.measures import Measures
 from anyquant.grids import grid as find_grid
@@ -19,7 +19,7 @@ from anyquant.pipeline.texts import source_tokenizer, usable_context
 from anyquant.runtimes import RUNTIMES
 from anyquant.runtimes.transformers import TransformersRuntime
 from anyquant.store.gguf import GGUFFile
-from anyquant.store.manifest import read_manifest
+from anyquant.store.manifest import read_manifest, verify_manifest
 from anyquant.store.open import is_state, open_checkpoint
 from anyquant.store.state import StateReader
 
@@ -118,6 +118,8 @@ def evaluate(artifact: Path, against: Path, judging: Judging, progress: Progress
     """
     expect_libraries(runtime_name(artifact))
     open_checkpoint(artifact)  # refuses a damaged or incomplete artifact with a reason
+    if artifact.is_dir() and read_manifest(artifact) is not None:
+        verify_manifest(artifact)  # figures of a file that was changed would be blamed on the rounding
     source: Checkpoint = open_checkpoint(against)
     architecture = detect(source)
     tokenizer = source_tokenizer(source)
@@ -128,14 +130,19 @@ def evaluate(artifact: Path, against: Path, judging: Judging, progress: Progress
         documents = read_documents(Path(judging.text), tokenizer, context, tokens=judging.tokens)
     if not documents:
         raise InconclusiveError("the text is too short to measure on; give a longer one")
-    reference = ReferenceLogits(TransformersRuntime(source, architecture), documents, Path(gettempdir()), progress)
     longest = max(len(document.tokens) for document in documents)
     runtime = RUNTIMES.get(runtime_name(artifact))
-    try:
-        with runtime.load(entry_of(artifact), context=longest, threads=judging.threads) as session:
+    with runtime.load(entry_of(artifact), context=longest, threads=judging.threads) as session:
+        if session.vocabulary != architecture.dimensions.vocabulary:
+            raise BadInputError(
+                f"{artifact} has a vocabulary of {session.vocabulary}, {against} of "
+                f"{architecture.dimensions.vocabulary}: it was made from another model"
+            )
+        reference = ReferenceLogits(TransformersRuntime(source, architecture), documents, Path(gettempdir()), progress)
+        try:
             return compare(session, reference, progress, "measure")
-    finally:
-        reference.close()
+        finally:
+            reference.close()
 
 
 def generate(artifact: Path, prompt: str, tokens: int, temperature: float, seed: int, threads: int) -> Iterator[str]:

@@ -10,10 +10,10 @@ from pathlib import Path
 from anyquant import __version__
 from anyquant.calibrate.text import Document, Splits, Tokenizer
 from anyquant.core.checkpoint import Checkpoint
-from anyquant.core.errors import UsageError
+from anyquant.core.errors import OutputError, UsageError
 from anyquant.core.progress import Progress
 from anyquant.evaluate.measures import Measures
-from anyquant.evaluate.verdict import Contract, Verdict, judge
+from anyquant.evaluate.verdict import Contract, Status, Verdict, judge
 from anyquant.formats import rules
 from anyquant.formats.base import Rules
 from anyquant.models.architecture import Architecture
@@ -29,7 +29,7 @@ from anyquant.pipeline.report import Report
 from anyquant.pipeline.run import Importance, Unweighted
 from anyquant.pipeline.statistics import IMATRIX, gather, keep
 from anyquant.pipeline.targets import Target, expect_libraries
-from anyquant.pipeline.texts import DEFAULT_TEXT_WARNING, describe, load_splits, source_tokenizer
+from anyquant.pipeline.texts import DEFAULT_TEXT_WARNING, describe, load_splits, source_tokenizer, usable_context
 from anyquant.pipeline.verify import Verified
 from anyquant.runtimes.transformers import TransformersRuntime
 from anyquant.store.publish import Stage
@@ -100,6 +100,7 @@ class Maker:
         not an exception: the artifact and its report are published and the report's status says so.
         """
         request = self.request
+        self._refuse_input_as_output()
         plans = self._plans()
         if self.measuring:
             expect_libraries(request.target.runtime)
@@ -121,6 +122,12 @@ class Maker:
             stage.publish(verified.hashes)
         return report
 
+    def _refuse_input_as_output(self) -> None:
+        """Inputs are never modified: nothing is written into the model's folder."""
+        source, out = Path(self.request.checkpoint.location).resolve(), self.request.out.resolve()
+        if source == out or source in out.parents:
+            raise OutputError(f"{self.request.out} lies inside the model's folder {source}; choose another -o")
+
     def _plans(self) -> list[Job]:
         """The jobs to try, smallest first; just one unless the ladder is climbed. All refusals come here."""
         request = self.request
@@ -140,6 +147,9 @@ class Maker:
         if calibration.text is None and self.request.location != "demo":
             self.warnings.append(DEFAULT_TEXT_WARNING)
             self.progress.say(f"warning: {DEFAULT_TEXT_WARNING}")
+        context = usable_context(calibration.context, self.architecture)
+        if context < calibration.context:
+            self.progress.say(f"documents have {context} tokens at most, which is what this model takes")
         return load_splits(tokenizer, self.architecture, calibration), tokenizer
 
     def _statistics(self, splits: Splits | None, stage: Stage) -> Importance:
@@ -212,6 +222,16 @@ class Maker:
             Point(job.plan.label, job.layout.nbytes, kl.value, kl.interval[0], kl.interval[1], chosen)
         )
 
+    def _sentences(self, verdict: Verdict) -> tuple[str, ...]:
+        if self.evidence.measures is None:
+            return ("Nothing was measured.",)
+        said = [verdict.sentence]
+        if verdict.status in (Status.FAIL, Status.INCONCLUSIVE):
+            said.append("The contract is not shown to hold; the artifact is published with this verdict in its report.")
+        if self.request.target.runtime != self.request.target.name:
+            said.append(f"{self.request.target.note[0].upper()}{self.request.target.note[1:]}.")
+        return tuple(said)
+
     def _report(
         self,
         job: Job,
@@ -233,7 +253,7 @@ class Maker:
             source_bytes=sum(checkpoint.spec(name).nbytes for name in checkpoint.names()),
             weights=job.weights,
             status=status,
-            sentences=(verdict.sentence,) if measures is not None else ("Nothing was measured.",),
+            sentences=self._sentences(verdict),
             contract={key: value for key, value in asdict(request.contract).items() if value is not None},
             loss=None if measures is None else loss_of(measures, "certify"),
             conversion=self.evidence.proof.conversion,

@@ -20,6 +20,11 @@ class Point:
     high: float
     chosen: bool
 
+    @property
+    def text(self) -> str:
+        """The split of the text that it was measured on."""
+        return "certify" if self.chosen else "select"
+
 
 def human_bytes(nbytes: float) -> str:
     """Decimal units: 14.1 MB."""
@@ -117,7 +122,11 @@ def size_and_loss(points: Sequence[Point], limit: float | None, levels: Mapping[
         marks.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{7 if point.chosen else 4.5}">')
         marks.append(f"<title>{escape(title)}</title></circle>")
         if point.chosen or point.label not in delivered:
-            marks.append(f'<text class="label {kind}" x="{x + 9:.1f}" y="{y - 8:.1f}">{escape(point.label)}</text>')
+            # beside a neighbour on the right the label goes to the left and below
+            crowded = any(0 < axes.x(other.nbytes) - x < 70 for other in points)
+            right = f'x="{x + 9:.1f}" y="{y - 8:.1f}"'
+            place = f'x="{x - 9:.1f}" y="{y + 16:.1f}" text-anchor="end"' if crowded else right
+            marks.append(f'<text class="label {kind}" {place}>{escape(point.label)}</text>')
     marks.append(f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 10}">size of the artifact</text>')
     marks.append(
         f'<text class="axis" transform="translate(16 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)">mean KL, nats</text>'

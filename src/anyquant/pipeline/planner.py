@@ -78,6 +78,10 @@ def _apply_rules(decisions: dict[str, Decision], architecture: Architecture, rec
         matched = [linear for linear in architecture.linears if rule.matches(linear)]
         if not matched:
             raise UsageError(f"rule {index} ({rule.describe()}) matches no Linear of this model; remove or correct it")
+        if rule.blocks is not None and rule.blocks[1] >= architecture.dimensions.blocks:
+            raise UsageError(
+                f"rule {index} ({rule.describe()}): the model's blocks are 0 to {architecture.dimensions.blocks - 1}"
+            )
         for linear in matched:
             now = decisions[linear.name]
             decisions[linear.name] = replace(

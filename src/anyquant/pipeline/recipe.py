@@ -6,7 +6,7 @@ import json
 import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from anyquant.core.registry import suggest
 
 SCHEMA = 1
 MAXIMUM_BYTES = 1 << 20
+LEAST_TOKENS, LEAST_CONTEXT = 256, 32
 
 
 @dataclass(frozen=True)
@@ -143,9 +144,11 @@ def _calibration(table: Mapping[str, Any]) -> Calibration:
     _known(table, {"data_free", "text", "tokens", "context", "imatrix", "keep_imatrix"}, where)
     default = Calibration()
     tokens, context = _typed(table, "tokens", int, where), _typed(table, "context", int, where)
-    for key, value in (("tokens", tokens), ("context", context)):
-        if value is not None and value < 2:
-            raise UsageError(f"{where}: {key} is {value}, expected at least 2")
+    for key, value, least in (("tokens", tokens, LEAST_TOKENS), ("context", context, LEAST_CONTEXT)):
+        if value is not None and value < least:
+            raise UsageError(f"{where}: {key} is {value}, expected at least {least}")
+    if table.get("data_free") and table.get("imatrix") is not None:
+        raise UsageError(f"{where}: data_free and imatrix exclude each other")
     return Calibration(
         data_free=bool(_typed(table, "data_free", bool, where)),
         text=_typed(table, "text", str, where),
@@ -194,4 +197,29 @@ def load_recipe(path: Path) -> Recipe:
         table = tomllib.loads(text.decode("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadInputError(f"the recipe {path} is not TOML: {error}") from None
-    return parse_recipe(table)
+    try:
+        return parse_recipe(table)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
+def canonical(recipe: Recipe) -> Recipe:
+    """Names as they are registered: grids in lower, presets in upper case.
+
+    Raises BadInputError for a text or importance file that is not there.
+    """
+    for name, path in (("text", recipe.calibration.text), ("imatrix", recipe.calibration.imatrix)):
+        if path is not None and not Path(path).exists():
+            raise BadInputError(f"the {name} {path} does not exist")
+
+    def lower(name: str | None) -> str | None:
+        return None if name is None else name.lower()
+
+    return replace(
+        recipe,
+        preset=None if recipe.preset is None else recipe.preset.upper(),
+        grid=lower(recipe.grid),
+        embedding=lower(recipe.embedding),
+        head=lower(recipe.head),
+        rules=tuple(replace(rule, grid=lower(rule.grid)) for rule in recipe.rules),
+    )

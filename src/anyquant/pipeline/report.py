@@ -85,6 +85,11 @@ class Report:
         return 8 * sum(line.target_bytes for line in self.ledger.lines) / self.weights
 
     @property
+    def mean_kl(self) -> float | None:
+        """Measured mean KL in nats per token on the *certify* text, None when nothing was measured."""
+        return None if self.loss is None else self.loss.mean_kl[0]
+
+    @property
     def limit(self) -> float | None:
         value = self.contract.get("max_kl")
         return None if value is None else float(value)
@@ -174,8 +179,10 @@ def summary_rows(report: Report) -> list[tuple[str, str]]:
     if report.loss is not None:
         loss = report.loss
         change = _interval(loss.perplexity_increase, 100, "+.2f")
+        text = report.data.get("text", "")
         rows += [
-            ("mean KL", f"{_interval(loss.mean_kl)} nats, {loss.documents} documents, {loss.tokens:,} tokens"),
+            ("judged on", f"{loss.documents} documents, {loss.tokens:,} tokens of {text}; in brackets 95 % intervals"),
+            ("mean KL", f"{_interval(loss.mean_kl)} nats"),
             ("99.9 % KL", f"{loss.kl_99_9:.4f} nats"),
             ("same top token", _interval(loss.same_top, 100, ".2f") + " %"),
             (
@@ -189,7 +196,8 @@ def summary_rows(report: Report) -> list[tuple[str, str]]:
         rows.append(("conversion error", f"{check.mean_kl:.2e} nats (limit {check.limit:g}), {ids}"))
     if report.speed:
         rows.append(("speed", ", ".join(f"{name} {value:.0f} tokens/s" for name, value in report.speed.items())))
-    rows.append(("peak memory", f"{human_bytes(report.peak_memory)}"))
+    share = "" if report.loss is None else ", measuring included"
+    rows.append(("peak memory", f"{human_bytes(report.peak_memory)}{share}"))
     rows.append(("time", ", ".join(f"{name} {value:.1f} s" for name, value in report.seconds.items())))
     return rows
 
@@ -199,14 +207,13 @@ def render_markdown(report: Report) -> str:
     lines = [f"# {_safe(report.label)} for {_safe(report.target)}: {report.status}", ""]
     lines += [f"- {_safe(sentence)}" for sentence in report.sentences]
     lines += [f"- warning: {_safe(warning)}" for warning in report.warnings]
-    lines += ["", *_table(("", ""), summary_rows(report)), "", "## Measured", ""]
-    lines += _table(
-        ("", "bytes", "mean KL", "interval", ""),
-        [
-            (p.label, f"{p.nbytes:,}", f"{p.kl:.5f}", f"{p.low:.5f} to {p.high:.5f}", "delivered" if p.chosen else "")
-            for p in report.points
-        ],
-    )
+    lines += ["", *_table(("", ""), summary_rows(report))]
+    if report.points:
+        lines += ["", "## Measured on the way", ""]
+        lines += _table(
+            ("preset", "bytes", "mean KL", "95 % interval", "text"),
+            [(p.label, f"{p.nbytes:,}", f"{p.kl:.5f}", f"{p.low:.5f} to {p.high:.5f}", p.text) for p in report.points],
+        )
     lines += ["", "## Where the bytes went", ""]
     lines += _table(
         ("grid", "tensors", "source bytes", "artifact bytes"),

@@ -72,4 +72,13 @@ def target(name: str) -> Target:
 
 def neutral() -> Target:
     """No target: the neutral quantized state, which every format can be written from; nothing runs it as it is."""
-    return Target("state", "state", "", "", (), ("*",), (), "the neutral quantized state")
+    return Target(
+        "state",
+        "state",
+        "",
+        "",
+        (),
+        ("*",),
+        (),
+        "judged by running the decoded weights in transformers: nothing runs the neutral state itself",
+    )

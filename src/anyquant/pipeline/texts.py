@@ -14,7 +14,7 @@ from anyquant.calibrate.text import (
     split,
 )
 from anyquant.core.checkpoint import Checkpoint
-from anyquant.core.errors import InconclusiveError, UnsupportedError
+from anyquant.core.errors import BadInputError, InconclusiveError, UnsupportedError
 from anyquant.models.architecture import Architecture
 from anyquant.pipeline.recipe import Calibration
 
@@ -55,6 +55,8 @@ def load_splits(tokenizer: Tokenizer, architecture: Architecture, calibration: C
     # few tokens must not make the text look short: the fewest documents of all splits are read in any case
     tokens = max(sum(amounts.tokens), sum(amounts.documents) * context)
     documents = read_documents(Path(calibration.text), tokenizer, context, tokens=tokens)
+    if not documents:
+        raise BadInputError(f"{calibration.text}: holds no text to calibrate and measure on")
     try:
         return split(documents, amounts)
     except InconclusiveError:

@@ -37,7 +37,7 @@ class TransformersRuntime:
     def logits(self, documents: Sequence[Sequence[int]], progress: Progress | None = None) -> Iterator[Float32]:
         """Logits of every position of every document, in order: float32 (tokens, vocabulary) each.
 
-        One pass over the weights serves all documents. Progress counts tokens x blocks.
+        One pass over the weights serves all documents. Progress counts tokens.
         """
         pieces: list[Float32] = []
         for index, start, piece in self.logit_chunks(documents, progress):
@@ -55,7 +55,7 @@ class TransformersRuntime:
         sink = progress or Silent()
         model = StreamedModel(self.checkpoint, self.architecture, self.config)
         batches = model.embed(documents)
-        sink.start("reference logits", float(sum(batch.tokens for batch in batches) * model.blocks), "tokens")
+        sink.start("reference", float(sum(batch.tokens for batch in batches)), "tokens")
         model.run_blocks(batches, sink)
         sink.finish()
         place = {index: batch.states[row] for batch in batches for row, index in enumerate(batch.documents)}

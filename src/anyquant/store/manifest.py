@@ -77,6 +77,16 @@ def read_manifest(folder: Path, system: System = SYSTEM) -> Manifest | None:
     return manifest
 
 
+def listed_files(folder: Path, system: System = SYSTEM) -> frozenset[str]:
+    """The files that the manifest of a folder names, whatever their state; none when it cannot be read."""
+    try:
+        data = read_small(folder, MANIFEST, limits.SMALL_FILE_BYTES, system)
+        document = parse_json(data or b"", str(folder / MANIFEST))
+        return frozenset(file.path for file in _files(document.get("files"), str(folder / MANIFEST)))
+    except BadInputError:
+        return frozenset()
+
+
 def verify_manifest(folder: Path, system: System = SYSTEM) -> Manifest:
     """Compare every file with its sha256. Raises BadInputError, also when there is no manifest."""
     manifest = read_manifest(folder, system)

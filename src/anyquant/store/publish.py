@@ -16,7 +16,7 @@ from typing import Any
 
 from anyquant.core.errors import AnyQuantError, BadInputError, OutputError
 from anyquant.store import limits
-from anyquant.store.manifest import INCOMPLETE, MANIFEST, Manifest, ManifestFile, sha256_of
+from anyquant.store.manifest import INCOMPLETE, MANIFEST, Manifest, ManifestFile, listed_files, sha256_of
 from anyquant.store.paths import refuse_name
 from anyquant.store.system import (
     RENAME_EXCHANGE,
@@ -164,10 +164,19 @@ class Stage:
             raise OutputError(f"the folder {self.out.parent} does not exist; create it: mkdir -p {self.out.parent}")
         if not os.path.lexists(self.out):
             return
+        if self.out.is_symlink() or not (self.out / MANIFEST).is_file():
+            raise OutputError(f"{self.out} exists and was not written by AnyQuant; choose another -o")
         if not self._overwrite:
             raise OutputError(f"{self.out} exists; choose another -o, or replace it with --force")
-        if self.out.is_symlink() or not (self.out / MANIFEST).is_file():
-            raise OutputError(f"{self.out} was not written by AnyQuant (no {MANIFEST} in it): remove it yourself")
+        self._refuse_strangers()
+
+    def _refuse_strangers(self) -> None:
+        """Replacing an output must not remove files that somebody else put there."""
+        known = {MANIFEST, *listed_files(self.out, self._system)}
+        for path in sorted(self.out.rglob("*")):
+            name = path.relative_to(self.out).as_posix()
+            if (path.is_symlink() or not path.is_dir()) and name not in known:
+                raise OutputError(f"{self.out} also holds {name}, which AnyQuant did not write; move it away first")
 
     def _check_space(self) -> None:
         wanted = int(self._needed * limits.DISK_MARGIN)
