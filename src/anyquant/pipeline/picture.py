@@ -113,7 +113,7 @@ def size_and_loss(points: Sequence[Point], limit: float | None, levels: Mapping[
     line = " ".join(f"{axes.x(p.nbytes):.1f},{axes.y(p.kl):.1f}" for p in points)
     marks.append(f'<polyline class="curve" points="{line}"/>')
     delivered = {point.label for point in points if point.chosen}
-    for point in points:
+    for index, point in enumerate(points):
         x, y = axes.x(point.nbytes), axes.y(point.kl)
         upper, lower = (axes.y(end) if math.isfinite(end) else y for end in (point.high, point.low))
         kind = "chosen" if point.chosen else "point"
@@ -122,8 +122,8 @@ def size_and_loss(points: Sequence[Point], limit: float | None, levels: Mapping[
         marks.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{7 if point.chosen else 4.5}">')
         marks.append(f"<title>{escape(title)}</title></circle>")
         if point.chosen or point.label not in delivered:
-            # beside a neighbour on the right the label goes to the left and below
-            crowded = any(0 < axes.x(other.nbytes) - x < 70 for other in points)
+            # of neighbours, every second label goes to the left and below
+            crowded = index % 2 == 0 and any(0 < axes.x(other.nbytes) - x < 70 for other in points)
             right = f'x="{x + 9:.1f}" y="{y - 8:.1f}"'
             place = f'x="{x - 9:.1f}" y="{y + 16:.1f}" text-anchor="end"' if crowded else right
             marks.append(f'<text class="label {kind}" {place}>{escape(point.label)}</text>')

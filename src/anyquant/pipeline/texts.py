@@ -66,7 +66,7 @@ def load_splits(tokenizer: Tokenizer, architecture: Architecture, calibration: C
 def describe(splits: Splits, calibration: Calibration) -> dict[str, object]:
     """What the report says of the text: source, sizes and a hash per split."""
     return {
-        "text": calibration.text or "default (documentation topics of CPython)",
+        "text": calibration.text or "the default text (documentation topics of CPython)",
         **{
             name: {
                 "documents": len(part),
