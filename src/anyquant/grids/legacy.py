@@ -11,10 +11,15 @@ import numpy as np
 from anyquant.core.dtypes import Float32
 from anyquant.core.errors import UsageError
 from anyquant.core.grid import Codes, Grid, Parameter, Params, Scope
-from anyquant.grids.scales import LARGEST_HALF, Levels, error_weights, find_pairs, find_scales, spread_out
+from anyquant.grids.scales import LARGEST_HALF, Levels, Trials, error_weights, find_pairs, find_scales, spread_out
 
 BLOCK = 32
 Ladder = tuple[tuple[float, ...], ...]
+
+# what ggml's searches with importance add to the levels, of the lowest one and of a range in turn: who tries all that
+# it tries is not worse on any matrix
+GGMLS_STEPS = tuple(k / 10 for k in range(-9, 10))
+GGMLS_PATH = tuple((k - 18) / 20 for k in range(37))
 
 
 @dataclass(frozen=True)
@@ -22,12 +27,14 @@ class LegacyGrid(Grid):
     """A code c stands for level c - `zero` of `levels`; `affine` grids also have a minimum m.
 
     `ladders` are the candidates of the search without and with importance; none for q8_0, which does not search.
+    `path`: more candidates of affine grids with importance, see `find_pairs`.
     """
 
     zero: int = 0
     affine: bool = False
     levels: Levels = field(default=Levels(BLOCK, -127, 127, 127, signed=False, half=True, spread=False))
     ladders: tuple[Ladder, ...] = ()
+    path: tuple[float, ...] = ()
 
     def quantize(
         self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None
@@ -43,16 +50,20 @@ class LegacyGrid(Grid):
         """d (rows, in / 32) float16, and m for affine grids."""
         if not self.ladders:
             return {"d": _largest_on_127(weights)}
-        ladder = self.ladder(importance is not None)
+        important = importance is not None
         if self.affine:
-            scales, minima = find_pairs(weights, importance, self.levels, ladder)
+            scales, minima = find_pairs(weights, importance, self.levels, self.trials(important))
             return {"d": scales.astype(np.float16), "m": minima.astype(np.float16)}
-        return {"d": find_scales(weights, importance, self.levels, ladder).astype(np.float16)}
+        return {"d": find_scales(weights, importance, self.levels, self.ladder(important)).astype(np.float16)}
 
     def ladder(self, important: bool) -> Float32:
         """The candidates of the search: levels of the largest weight, or (levels per range, level of the middle)."""
         chosen = np.array(self.ladders[important], dtype=np.float32)
         return chosen if self.affine else chosen.reshape(-1)
+
+    def trials(self, important: bool) -> Trials:
+        """The path, empty without importance, and the ladder of an affine grid."""
+        return np.array(self.path if important else (), dtype=np.float32), self.ladder(important)
 
     def encode(self, weights: Float32, params: Params, columns: slice | None = None) -> Codes:
         """Nearest codes, rint((w - m) / d) in float32; whole rows are compiled code."""
@@ -103,21 +114,23 @@ def _largest_on_127(weights: Float32) -> Codes:
     return d.reshape(len(weights), -1)
 
 
-def _either_end(bits: int, above: float, count: int) -> Ladder:
-    """`count` candidates that put the largest weight near the lowest level, then as many near the highest.
+def _either_end(bits: int, low_steps: tuple[float, ...], high_steps: tuple[float, ...]) -> Ladder:
+    """Candidates that put the largest weight near the lowest level, then near the highest.
 
-    Up to 0.9 levels inside the range, and `above` beyond it: the more some weights matter, the more clipping pays.
+    The steps are levels beyond the range, up to 0.9 inside it: the more some weights matter, the more clipping pays.
     """
     low, high = 2 ** (bits - 1), 2 ** (bits - 1) - 1
-    steps = [-0.9 + (above + 0.9) * k / (count - 1) for k in range(count)]
-    return tuple([(-(low + step),) for step in steps] + [(high + step,) for step in steps])
+    return tuple([(-(low + step),) for step in low_steps] + [(high + step,) for step in high_steps])
+
+
+def _evenly(first: float, last: float, count: int) -> tuple[float, ...]:
+    return tuple(first + (last - first) * k / (count - 1) for k in range(count))
 
 
 def _ranges(bits: int, ends: tuple[float, float], count: int, shifts: tuple[float, ...]) -> Ladder:
     """`count` ranges of 2^bits - 1 + `ends` levels, each with the middle at the middle level plus each of `shifts`."""
-    high, (first, last) = 2**bits - 1, ends
-    steps = [first + (last - first) * k / (count - 1) for k in range(count)]
-    return tuple((high + step, high / 2 + shift) for step in steps for shift in shifts)
+    high = 2**bits - 1
+    return tuple((high + step, high / 2 + shift) for step in _evenly(*ends, count) for shift in shifts)
 
 
 def make(name: str) -> LegacyGrid:
@@ -142,8 +155,9 @@ def make(name: str) -> LegacyGrid:
             levels=Levels(BLOCK, 0, 2 * half - 1, 2 * half - 1, signed=False, half=True, spread=True),
             ladders=(
                 _ranges(bits, (-0.8, 1.2), 5, (-0.5, 0.0, 0.5)),
-                _ranges(bits, (-0.9, 3.0), 10, (-0.75, -0.25, 0.25, 0.75)),
+                _ranges(bits, (-0.5, 3.0), 7, (-0.75, -0.25, 0.25, 0.75)),
             ),
+            path=GGMLS_PATH,
         )
     return LegacyGrid(
         name=name,
@@ -154,5 +168,8 @@ def make(name: str) -> LegacyGrid:
         parameters=(d,),
         zero=half,
         levels=Levels(BLOCK, -half, half - 1, -half, signed=True, half=True, spread=True),
-        ladders=(_either_end(bits, 0.9, 8), _either_end(bits, 2.0, 16)),
+        ladders=(
+            _either_end(bits, _evenly(-0.9, 0.9, 8), _evenly(-0.9, 0.9, 8)),
+            _either_end(bits, (*GGMLS_STEPS, 1.2, 1.5, 2.0), _evenly(-0.9, 2.0, 16)),
+        ),
     )

@@ -8,6 +8,7 @@ under the stored value, and fall back to plain rounding wherever that is better.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from anyquant.core.dtypes import Float32, bfloat16_to_float32, float32_to_bfloat
 from anyquant.core.grid import Codes
 
 Float64 = npt.NDArray[np.float64]
+Trials = tuple[Float32, Float32]
 LARGEST_HALF = 65504.0
 
 
@@ -51,19 +53,20 @@ def find_scales(weights: Float32, importance: Float32 | None, levels: Levels, la
     return scales.reshape(len(weights), -1)
 
 
-def find_pairs(
-    weights: Float32, importance: Float32 | None, levels: Levels, ladder: Float32
-) -> tuple[Float32, Float32]:
+def find_pairs(weights: Float32, importance: Float32 | None, levels: Levels, trials: Trials) -> tuple[Float32, Float32]:
     """Stored scales and minima, each (rows, in / group) as float32.
 
-    `ladder` (candidates, 2) holds the number of levels that the range of a group spans, and the level of its middle.
+    `trials` are the path and the ladder. The ladder (candidates, 2) holds the number of levels that the range of a
+    group spans, and the level of its middle. The path (candidates,), may be empty, holds the number of levels beyond
+    `levels.high` on a range from the best minimum found so far to the largest weight: each refitted minimum moves the
+    ranges that follow. The best of each is refined, and whichever leaves less error is taken.
     """
     from anyquant.grids.kernels import affine
 
     flat, lanes, spread = _inputs(weights, importance, levels)
     scales = np.empty(flat.size // levels.group, dtype=np.float32)
     minima = np.empty_like(scales)
-    affine.search(flat, lanes, ladder, np.float32(levels.high), spread, scales, minima)
+    affine.search(flat, lanes, trials, np.float32(levels.high), spread, scales, minima)
     return scales.reshape(len(weights), -1), minima.reshape(len(weights), -1)
 
 
@@ -150,13 +153,20 @@ def slow_scales(weights: Float32, importance: Float32 | None, levels: Levels, la
     return best[0].reshape(len(weights), -1).astype(np.float32)
 
 
-def slow_pairs(
-    weights: Float32, importance: Float32 | None, levels: Levels, ladder: Float32
-) -> tuple[Float32, Float32]:
+class Pair(NamedTuple):
+    """Scale and minimum of every group, and the error that they leave."""
+
+    scale: Float64
+    minimum: Float64
+    error: Float64
+
+
+def slow_pairs(weights: Float32, importance: Float32 | None, levels: Levels, trials: Trials) -> tuple[Float32, Float32]:
     """`find_pairs`, plainly."""
     x, w = _groups(weights, importance, levels)
     top, bottom = x.max(axis=1), x.min(axis=1)
     middle, length = (top + bottom) / 2, np.where(top > bottom, top - bottom, 1)
+    mean = (w * x).sum(axis=1) / w.sum(axis=1)
 
     def nearest(scale: Float64, minimum: Float64) -> Float64:
         inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
@@ -178,25 +188,41 @@ def slow_pairs(
     def error(scale: Float64, minimum: Float64) -> Float64:
         return error_of(nearest(scale, minimum), scale, minimum)
 
-    def stored(pair: tuple[Float64, Float64]) -> tuple[Float64, Float64]:
-        return _to_half(pair[0]), _to_half(pair[1])
-
-    least = np.full(len(x), np.inf)
-    pair = (np.zeros(len(x)), middle)
-    for steps, at_middle in ladder.astype(np.float64):
-        scale = length / steps
-        codes = nearest(scale, middle - scale * at_middle)
+    def refit(pair: Pair, codes: Float64) -> Pair:
+        """The least-squares pair of `codes` where it leaves less error than the best so far."""
         found = least_squares(codes)
         left = error_of(codes, *found)
-        pair = (np.where(left < least, found[0], pair[0]), np.where(left < least, found[1], pair[1]))
-        least = np.minimum(left, least)
-    first = stored(pair)
-    second = stored(least_squares(nearest(*first)))
-    third = stored(least_squares(nearest(*second)))
-    best = _least(error, [first, second, third, stored((length / levels.high, bottom))])
+        return Pair(*(np.where(left < pair.error, new, old) for new, old in zip((*found, left), pair, strict=True)))
+
+    def stored(scale: Float64, minimum: Float64) -> tuple[Float64, Float64]:
+        """Rounded; a fitted line is turned about the mean of weights and levels when its scale is rounded."""
+        kept = _to_half(scale)
+        turn = np.divide(kept, scale, out=np.ones_like(scale), where=scale != 0)
+        return kept, _to_half(mean + (minimum - mean) * turn)
+
+    def refined(pair: Pair) -> list[tuple[Float64, ...]]:
+        found = [stored(pair.scale, pair.minimum)]
+        for _ in range(2):
+            found.append(stored(*least_squares(nearest(*found[-1]))))
+        return list(found)
+
+    path, ladder = trials
+    plain = length / levels.high, bottom
+    starts = []
+    if path.size:
+        best = Pair(*plain, error(*plain))
+        for step in path.astype(np.float64):
+            span = np.maximum(top - best.minimum, length / 4)
+            best = refit(best, nearest(span / (levels.high + step), top - span))
+        starts += refined(best)
+    best = Pair(np.zeros(len(x)), middle, np.full(len(x), np.inf))
+    for steps, at_middle in ladder.astype(np.float64):
+        best = refit(best, nearest(length / steps, middle - length / steps * at_middle))
+    starts += refined(best)
+    scale, minimum = _least(error, [*starts, (_to_half(plain[0]), _to_half(plain[1]))])
     return (
-        best[0].reshape(len(weights), -1).astype(np.float32),
-        best[1].reshape(len(weights), -1).astype(np.float32),
+        scale.reshape(len(weights), -1).astype(np.float32),
+        minimum.reshape(len(weights), -1).astype(np.float32),
     )
 
 

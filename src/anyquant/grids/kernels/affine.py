@@ -1,7 +1,9 @@
 """The search for scale and minimum of a group, values d * level + m: fast twin of `grids.scales.slow_pairs`.
 
 Laid out as in `grids.kernels.symmetric`: lane = group, all that is known per lane in one flat array. `u` are weights
-from the middle of their group's range, divided by its length: between -1/2 and 1/2.
+divided by the length of their group's range, counted from its middle by `load` (between -1/2 and 1/2), and then from
+their weighted mean; sums are over levels counted from the level of that mean. A weight that matters ten thousand times
+more than the others then adds little to the sums, and single precision is enough to tell what the others lose.
 """
 
 import numpy as np
@@ -15,7 +17,9 @@ from anyquant.grids.kernels.symmetric import FAST, HUGE, LANES, MAGIC, ONE, TINY
 MIDDLE, RANGE, SUM_W, SUM_U, LEVELS, SHIFT = (LANES * i for i in range(6))
 SUM_L, SUM_LL, SUM_UL, ERROR, BEST = (LANES * i for i in range(6, 11))
 SCALE, OFFSET, CHOSEN_SCALE, CHOSEN_OFFSET, SPREAD, TEMPORARY = (LANES * i for i in range(11, 17))
-SCRATCH = LANES * 17
+TOP, BOTTOM, PIVOT, LEAST = (LANES * i for i in range(17, 21))
+SCRATCH = LANES * 21
+QUARTER, HALF, TWO = np.float32(0.25), np.float32(0.5), np.float32(2)
 
 WIDEST = np.float32(1e38)  # the range of a group must stay finite; float16 parameters saturate long before
 
@@ -41,7 +45,7 @@ def load(weights: Float32, count: int, u: Float32, s: Float32) -> None:
             s[OFFSET + lane] = value if value < s[OFFSET + lane] else s[OFFSET + lane]
     for lane in range(LANES):
         top, bottom = s[SCALE + lane], s[OFFSET + lane]
-        middle = np.float32(0.5) * top + np.float32(0.5) * bottom
+        middle = HALF * top + HALF * bottom
         constant = abs(middle) if abs(middle) > TINY else HUGE
         s[MIDDLE + lane] = middle
         s[RANGE + lane] = top - bottom if top - bottom > TINY else constant
@@ -73,17 +77,32 @@ def weigh(importance: Float32, spread: bool, u: Float32, w: Float32, s: Float32)
 
 
 @njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
+def centre(u: Float32, w: Float32, s: Float32) -> None:
+    """Count `u` from its weighted mean, which becomes MIDDLE; TOP and BOTTOM of the range as counted from there."""
+    for lane in range(LANES):
+        mean = s[SUM_U + lane] / (s[SUM_W + lane] if s[SUM_W + lane] > ZERO else HUGE)
+        s[MIDDLE + lane] += mean * s[RANGE + lane]
+        s[TOP + lane], s[BOTTOM + lane] = HALF - mean, -HALF - mean
+        s[TEMPORARY + lane], s[SUM_U + lane] = mean, ZERO
+    for r in range(u.shape[0]):
+        for lane in range(LANES):
+            u[r, lane] -= s[TEMPORARY + lane]
+            s[SUM_U + lane] += w[r, lane] * u[r, lane]
+
+
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 def accumulate(u: Float32, w: Float32, high: Single, s: Float32) -> None:
-    """SUM_L = sum w l, SUM_LL = sum w l^2, SUM_UL = sum w u l, where l = nearest(u * LEVELS + SHIFT)."""
+    """SUM_L = sum w l, SUM_LL = sum w l^2, SUM_UL = sum w u l, where l = nearest(u * LEVELS + SHIFT) - PIVOT."""
     for lane in range(LANES):
         s[SUM_L + lane], s[SUM_LL + lane], s[SUM_UL + lane] = ZERO, ZERO, ZERO
+        s[PIVOT + lane] = nearest(s[SHIFT + lane], ZERO, high)
     for r in range(0, u.shape[0], 8):
         u8, w8 = u[r : r + 8], w[r : r + 8]
         for lane in range(LANES):
-            levels, shift = s[LEVELS + lane], s[SHIFT + lane]
+            levels, shift, pivot = s[LEVELS + lane], s[SHIFT + lane], MAGIC + s[PIVOT + lane]
             first, second, mixed = s[SUM_L + lane], s[SUM_LL + lane], s[SUM_UL + lane]
             for i in range(8):
-                level = nearest(u8[i, lane] * levels + shift, ZERO, high)
+                level = (min(max(u8[i, lane] * levels + shift, ZERO), high) + MAGIC) - pivot
                 product = level * w8[i, lane]
                 first, second, mixed = first + product, second + product * level, mixed + product * u8[i, lane]
             s[SUM_L + lane], s[SUM_LL + lane], s[SUM_UL + lane] = first, second, mixed
@@ -91,7 +110,7 @@ def accumulate(u: Float32, w: Float32, high: Single, s: Float32) -> None:
 
 @njit(forceinline=True, fastmath=FAST, error_model="numpy")
 def solve(lane: int, s: Float32) -> tuple[Single, Single]:
-    """Least-squares scale and offset for the levels summed up; the mean where all levels are equal."""
+    """Least-squares scale and offset (of level 0) for the levels summed up; the mean where all levels are equal."""
     weight, mean = s[SUM_W + lane], s[SUM_U + lane]
     first, second, mixed = s[SUM_L + lane], s[SUM_LL + lane], s[SUM_UL + lane]
     determinant = weight * second - first * first
@@ -99,7 +118,49 @@ def solve(lane: int, s: Float32) -> tuple[Single, Single]:
     below = determinant if regular else HUGE
     scale = (weight * mixed - mean * first) / below if regular else ZERO
     offset = (second * mean - first * mixed) / below if regular else mean / (weight if weight > ZERO else HUGE)
-    return scale, offset
+    return scale, offset - scale * s[PIVOT + lane]
+
+
+@njit(forceinline=True, fastmath=FAST, error_model="numpy")
+def take(lane: int, scale: Single, offset: Single, gain: Single, s: Float32) -> None:
+    """SCALE, OFFSET = the given pair where it gains more than the BEST."""
+    better = gain > s[BEST + lane]
+    s[BEST + lane] = gain if better else s[BEST + lane]
+    s[SCALE + lane] = scale if better else s[SCALE + lane]
+    s[OFFSET + lane] = offset if better else s[OFFSET + lane]
+
+
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
+def refit(u: Float32, w: Float32, high: Single, s: Float32) -> None:
+    """SCALE, OFFSET = the least-squares pair of the levels under LEVELS and SHIFT where it gains more than BEST."""
+    accumulate(u, w, high, s)
+    for lane in range(LANES):
+        scale, offset = solve(lane, s)
+        gain = scale * s[SUM_UL + lane] + (offset + scale * s[PIVOT + lane]) * s[SUM_U + lane]
+        take(lane, scale, offset, gain, s)
+
+
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
+def follow(u: Float32, w: Float32, path: Float32, high: Single, s: Float32) -> None:
+    """SCALE, OFFSET = the best pair on a `path` of ranges, each of which begins where the best so far has level 0.
+
+    The first of them is that from minimum to maximum, which a refitted pair has to beat.
+    """
+    for lane in range(LANES):
+        s[SCALE + lane], s[OFFSET + lane] = ONE / high, s[BOTTOM + lane]
+        s[LEVELS + lane], s[SHIFT + lane] = high, -high * s[BOTTOM + lane]
+    accumulate(u, w, high, s)
+    for lane in range(LANES):
+        scale = s[SCALE + lane]
+        offset = s[OFFSET + lane] + scale * s[PIVOT + lane]
+        gain = scale * (TWO * (s[SUM_UL + lane] - offset * s[SUM_L + lane]) - scale * s[SUM_LL + lane])
+        s[BEST + lane] = gain + offset * (TWO * s[SUM_U + lane] - offset * s[SUM_W + lane])
+    for step in range(path.size):
+        for lane in range(LANES):
+            bottom = min(s[OFFSET + lane], s[TOP + lane] - QUARTER)
+            s[LEVELS + lane] = (high + path[step]) / (s[TOP + lane] - bottom)
+            s[SHIFT + lane] = -bottom * s[LEVELS + lane]
+        refit(u, w, high, s)
 
 
 @njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
@@ -109,24 +170,22 @@ def climb(u: Float32, w: Float32, ladder: Float32, high: Single, s: Float32) -> 
         s[BEST + lane], s[SCALE + lane], s[OFFSET + lane] = -HUGE, ZERO, ZERO
     for step in range(ladder.shape[0]):
         for lane in range(LANES):
-            s[LEVELS + lane], s[SHIFT + lane] = ladder[step, 0], ladder[step, 1]
-        accumulate(u, w, high, s)
-        for lane in range(LANES):
-            scale, offset = solve(lane, s)
-            gain = scale * s[SUM_UL + lane] + offset * s[SUM_U + lane]
-            better = gain > s[BEST + lane]
-            s[BEST + lane] = gain if better else s[BEST + lane]
-            s[SCALE + lane] = scale if better else s[SCALE + lane]
-            s[OFFSET + lane] = offset if better else s[OFFSET + lane]
+            s[LEVELS + lane] = ladder[step, 0]
+            s[SHIFT + lane] = ladder[step, 1] - ladder[step, 0] * (s[BOTTOM + lane] + HALF)
+        refit(u, w, high, s)
 
 
 @njit(nogil=True, cache=CACHE, error_model="numpy")
-def store(s: Float32) -> None:
-    """Round SCALE and OFFSET to what float16 d and m can hold."""
+def store(fitted: bool, s: Float32) -> None:
+    """Round SCALE and OFFSET to what float16 d and m can hold.
+
+    A `fitted` line passes through the mean of weights and levels; it is turned about it when the scale is rounded.
+    """
     for lane in range(LANES):
-        unit, middle = s[RANGE + lane], s[MIDDLE + lane]
-        s[OFFSET + lane] = (to_half(middle + s[OFFSET + lane] * unit) - middle) / unit
-        s[SCALE + lane] = to_half(s[SCALE + lane] * unit) / unit
+        unit, middle, scale = s[RANGE + lane], s[MIDDLE + lane], s[SCALE + lane]
+        s[SCALE + lane] = to_half(scale * unit) / unit
+        turn = s[SCALE + lane] / scale if fitted and scale != ZERO else ONE
+        s[OFFSET + lane] = (to_half(middle + s[OFFSET + lane] * turn * unit) - middle) / unit
 
 
 @njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
@@ -146,29 +205,42 @@ def measure(u: Float32, w: Float32, high: Single, s: Float32) -> None:
 
 
 @njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
-def improve(u: Float32, w: Float32, ladder: Float32, high: Single, s: Float32) -> None:
-    """CHOSEN_* = the best pair found for each lane: the ladder's best, that refitted twice, or minimum to maximum."""
-    climb(u, w, ladder, high, s)
-    for lane in range(LANES):
-        s[BEST + lane], s[CHOSEN_SCALE + lane], s[CHOSEN_OFFSET + lane] = HUGE, ZERO, ZERO
-    for attempt in range(4):
-        store(s)
+def settle(u: Float32, w: Float32, high: Single, rounds: int, s: Float32) -> None:
+    """CHOSEN_* = the stored SCALE and OFFSET, or those refitted and stored again, where they leave the LEAST error.
+
+    No `rounds` of refitting: SCALE and OFFSET are not a fit, and stored as they are.
+    """
+    for _ in range(rounds + 1):
+        store(rounds > 0, s)
         measure(u, w, high, s)
         for lane in range(LANES):
-            better = s[ERROR + lane] < s[BEST + lane]
-            s[BEST + lane] = s[ERROR + lane] if better else s[BEST + lane]
+            better = s[ERROR + lane] < s[LEAST + lane]
+            s[LEAST + lane] = s[ERROR + lane] if better else s[LEAST + lane]
             s[CHOSEN_SCALE + lane] = s[SCALE + lane] if better else s[CHOSEN_SCALE + lane]
             s[CHOSEN_OFFSET + lane] = s[OFFSET + lane] if better else s[CHOSEN_OFFSET + lane]
-            scale, offset = solve(lane, s)
-            s[SCALE + lane] = ONE / high if attempt == 2 else scale
-            s[OFFSET + lane] = np.float32(-0.5) if attempt == 2 else offset
+            s[SCALE + lane], s[OFFSET + lane] = solve(lane, s)
+
+
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
+def improve(u: Float32, w: Float32, path: Float32, ladder: Float32, high: Single, s: Float32) -> None:
+    """CHOSEN_* = the best pair found for each lane, from the path, the ladder, or minimum to maximum."""
+    for lane in range(LANES):
+        s[LEAST + lane], s[CHOSEN_SCALE + lane], s[CHOSEN_OFFSET + lane] = HUGE, ZERO, ZERO
+    if path.size:
+        follow(u, w, path, high, s)
+        settle(u, w, high, 2, s)
+    climb(u, w, ladder, high, s)
+    settle(u, w, high, 2, s)
+    for lane in range(LANES):
+        s[SCALE + lane], s[OFFSET + lane] = ONE / high, s[BOTTOM + lane]
+    settle(u, w, high, 0, s)
 
 
 @njit(nogil=True, cache=CACHE, error_model="numpy")
 def search(
     weights: Float32,
     importance: Float32,
-    ladder: Float32,
+    trials: tuple[Float32, Float32],
     high: Single,
     spread: Float32,
     scales: Float32,
@@ -191,7 +263,8 @@ def search(
                 s[SPREAD + lane] = min(spread[(first + lane) // period] / unit / unit, HUGE)
         start = first % period
         weigh(importance[:, start : start + LANES], spread.size > 0, u, w, s)
-        improve(u, w, ladder, high, s)
+        centre(u, w, s)
+        improve(u, w, trials[0], trials[1], high, s)
         for lane in range(count):
             scales[first + lane] = to_half(s[CHOSEN_SCALE + lane] * s[RANGE + lane])
             minima[first + lane] = to_half(s[MIDDLE + lane] + s[CHOSEN_OFFSET + lane] * s[RANGE + lane])
