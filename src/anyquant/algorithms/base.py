@@ -1,6 +1,7 @@
 """What an algorithm is: a pure function that chooses, for each weight, a value of the grid."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from anyquant.core.dtypes import Float32
@@ -10,22 +11,10 @@ from anyquant.core.qtensor import QTensor
 from anyquant.core.registry import suggest
 
 
-class Algorithm(Protocol):
-    """`needs` names the statistics it uses when they are there ("second_moment"); `options` are its defaults.
+class Quantize(Protocol):
+    """The function of an algorithm. It sees a grid only through the grid's functions."""
 
-    It sees a grid only through the grid's functions.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def needs(self) -> frozenset[str]: ...
-
-    @property
-    def options(self) -> Mapping[str, Any]: ...
-
-    def quantize(
+    def __call__(
         self,
         weights: Float32,
         grid: Grid,
@@ -38,6 +27,16 @@ class Algorithm(Protocol):
         `shared` are the grid's tensor-wide parameters from `grid.prepare`. Raises UsageError for an unknown option.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """`needs` names the statistics it uses when they are there ("second_moment"); `options` are its defaults."""
+
+    name: str
+    needs: frozenset[str]
+    options: Mapping[str, Any]
+    quantize: Quantize
 
 
 def complete_options(algorithm: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

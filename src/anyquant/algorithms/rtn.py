@@ -4,10 +4,9 @@ At four bits and above this is nearly all there is to gain; below, error feedbac
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-from anyquant.algorithms.base import complete_options
+from anyquant.algorithms.base import Algorithm, complete_options
 from anyquant.core.dtypes import Float32
 from anyquant.core.grid import Grid, Params
 from anyquant.core.plan import EMPTY
@@ -34,24 +33,4 @@ def quantize(
     return QTensor(grid, (rows, columns), codes, params)
 
 
-@dataclass(frozen=True)
-class RoundToNearest:
-    """`quantize` as an Algorithm of the registry."""
-
-    name: str = "rtn"
-    needs: frozenset[str] = NEEDS
-    options: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
-
-    def quantize(
-        self,
-        weights: Float32,
-        grid: Grid,
-        importance: Float32 | None,
-        options: Mapping[str, Any],
-        shared: Params | None = None,
-    ) -> QTensor:
-        """See `quantize` of this module."""
-        return quantize(weights, grid, importance, options, shared)
-
-
-ALGORITHM = RoundToNearest()
+ALGORITHM = Algorithm("rtn", NEEDS, EMPTY, quantize)

@@ -11,6 +11,20 @@ from anyquant.core.plan import Chunk, Layout, Part, Plan, Unit
 from anyquant.core.qtensor import QTensor
 from anyquant.models.architecture import Architecture
 
+# small files of the source that go along, where there are any
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
 
 class Rules(Protocol):
     """What planning asks of a target: its rules and its exact bytes.

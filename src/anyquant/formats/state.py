@@ -13,13 +13,13 @@ from anyquant.core.dtypes import DTYPES
 from anyquant.core.errors import UsageError
 from anyquant.core.linear import Linear
 from anyquant.core.plan import Layout, Part, Plan, TargetFile, Unit
+from anyquant.formats.base import COMPANIONS
 from anyquant.grids import grid as find_grid
 from anyquant.models.architecture import Architecture
 from anyquant.store.safetensors_layout import write_safetensors_header
 from anyquant.store.state_entry import entry_header
 
 CARRIED = "carried.safetensors"
-COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class StateRules:
             )
             files.append(TargetFile(CARRIED, header, parts, len(header) + sum(part.nbytes for part in parts)))
             units += [Unit(name, (), (name,), "", (name,)) for name, _, _ in carried]
-        for name in COMPANIONS:
+        for name in ("config.json", *COMPANIONS):
             content = checkpoint.text_file(name)
             if content is not None:
                 files.append(TargetFile(name, content, (), len(content)))

@@ -17,6 +17,7 @@ from anyquant.core.linear import Carried, Linear, Role
 from anyquant.core.plan import Chunk, Layout, Part, Plan, TargetFile, Unit
 from anyquant.core.qtensor import QTensor
 from anyquant.core.registry import suggest
+from anyquant.formats.base import COMPANIONS
 from anyquant.formats.compressed_tensors.config import model_config, read_integer_layout, refuse_grids
 from anyquant.formats.compressed_tensors.layouts import FLOATS, IntegerLayout, layout
 from anyquant.formats.decoded import DecodedArtifact
@@ -27,19 +28,6 @@ from anyquant.store.safetensors import SafetensorsCheckpoint, read_header
 from anyquant.store.safetensors_layout import write_safetensors_header
 
 FILE = "model.safetensors"
-# small files of the source that go along, where there are any
-COPIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 APART = (Role.EMBEDDING, Role.HEAD, Role.ROUTER)
 # what vLLM loads as one matrix (packed_modules_mapping), however it is stored
 FUSED = {
@@ -135,7 +123,7 @@ class CompressedTensorsFormat:
             tensors.append((name, dtype, (sum(item.length for item in items),)))
         weights = _weights_file(tensors)
         small = [TargetFile("config.json", text := model_config(checkpoint.config, architecture, plan), (), len(text))]
-        for name in COPIED:
+        for name in COMPANIONS:
             data = checkpoint.text_file(name)
             if data is not None:
                 small.append(TargetFile(name, data, (), len(data)))
