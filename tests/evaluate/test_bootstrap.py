@@ -84,3 +84,16 @@ def test_replicates_without_spread_fall_back_to_finite_bounds() -> None:
     totals[3] = 99.0
     found = estimate(totals, np.full(30, 100.0))
     assert math.isfinite(found.lower) and found.lower < found.value <= found.upper <= 1.01
+
+
+@pytest.mark.parametrize("documents", [2, 3, 4])
+def test_the_bounds_of_a_few_documents_of_unequal_length_stay_near_them(documents: int) -> None:
+    """Replicates of one document alone have no spread: rounding must not divide by what is left of it."""
+    for seed in range(40):
+        random = np.random.default_rng(seed)
+        counts = random.integers(100, 512, size=documents).astype(float)
+        values = random.uniform(0.01, 0.02, size=documents)
+        drawn = resample(values * counts, counts, 4000, seed)
+        alone = np.isclose(drawn.ratios[:, None], values, rtol=1e-12).any(axis=1)
+        assert (drawn.errors[alone] == 0).all()
+        assert (drawn.errors[~alone] > 1e-9).all()

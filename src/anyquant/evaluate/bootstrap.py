@@ -21,6 +21,7 @@ from anyquant.evaluate.kl import Float64
 
 ENOUGH_DOCUMENTS = 30
 _BATCH = 1 << 22  # elements of the resampling weights held at once
+_ROUNDING = 1e-12  # of a sum of squares: less is what float64 leaves where the exact difference is zero
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,9 @@ def resample(totals: Float64, counts: Float64, replicates: int, seed: int) -> Re
     documents = len(totals)
     generator = np.random.default_rng(seed)
     chances = np.full(documents, 1.0 / documents)
-    columns = np.stack([totals, counts, totals**2, totals * counts, counts**2], axis=1)
+    value = float(totals.sum() / counts.sum())
+    apart = totals - value * counts  # sums of squares of the totals themselves would lose a small spread to rounding
+    columns = np.stack([apart, counts, apart**2, apart * counts, counts**2], axis=1)
     sums = np.empty((replicates, columns.shape[1]))
     batch = max(1, _BATCH // documents)
     for start in range(0, replicates, batch):
@@ -102,10 +105,11 @@ def resample(totals: Float64, counts: Float64, replicates: int, seed: int) -> Re
         sums[start:stop] = generator.multinomial(documents, chances, size=stop - start) @ columns
     drawn, weight, squares, products, weights = sums.T
     with np.errstate(invalid="ignore", divide="ignore"):
-        ratios = drawn / weight
-        spread = np.maximum(squares - 2 * ratios * products + ratios**2 * weights, 0.0)
+        shift = drawn / weight
+        spread = squares - 2 * shift * products + shift**2 * weights
+        spread = np.where(spread > _ROUNDING * squares, spread, 0.0)  # one document drawn every time has none
         errors = np.sqrt(documents / (documents - 1) * spread) / weight
-    return Resamples(ratios, errors)
+    return Resamples(value + shift, errors)
 
 
 def studentized(totals: Float64, counts: Float64, drawn: Resamples, confidence: float) -> tuple[float, float]:
