@@ -41,6 +41,7 @@ check: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python bench/kquant_encode.py
 	$(BIN)/python bench/memory.py
+	$(BIN)/python bench/encoder_error.py
 	$(BIN)/python bench/start.py
 
 readers:

@@ -1,6 +1,6 @@
-"""Error of our k-quants against ggml's encoder on ggml's own objective, for every matrix of a model.
+"""Error of our encoders against ggml's encoder on ggml's own objective, for every matrix of a model.
 
-    python bench/kquant_error.py [MODEL]
+    python bench/encoder_error.py [MODEL]
 
 Prints the worst matrix and the sum over the model of ours / ggml, without importance and with the importance collected
 on the default text. The rule: at most 1.0005 for any matrix, at most 1.0000 for the sum.
@@ -28,7 +28,7 @@ from anyquant.pipeline.texts import load_splits, source_tokenizer
 from anyquant.store.open import open_checkpoint
 from support.ggml import stock_decode, stock_encode
 
-GRIDS = ("q8_0", "q4_0", "q4_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
+GRIDS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
 
 
 def errors(grid: Grid, weights: Float32, importance: Float32 | None) -> tuple[float, float]:
