@@ -287,6 +287,7 @@ def test_a_model_is_not_its_own_output(call: Call, copy: Callable[[str], Path]) 
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     refused(call(*make(folder, folder), "--force"), 7, str(folder))
     refused(call(*make(folder, folder)), 7, str(folder))
+    refused(call(*make(folder / "model.safetensors", folder / "out")), 7, str(folder))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 

@@ -125,6 +125,7 @@ class Maker:
     def _refuse_input_as_output(self) -> None:
         """Inputs are never modified: nothing is written into the model's folder."""
         source, out = Path(self.request.checkpoint.location).resolve(), self.request.out.resolve()
+        source = source if source.is_dir() else source.parent
         if source == out or source in out.parents:
             raise OutputError(f"{self.request.out} lies inside the model's folder {source}; choose another -o")
 
