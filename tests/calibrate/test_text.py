@@ -41,7 +41,8 @@ def test_a_file_is_cut_into_consecutive_windows(tmp_path: Path) -> None:
 
 def test_a_folder_keeps_a_file_together(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
-    (tmp_path / "b.txt").write_text("b" * 200)
+    letters = "".join(chr(33 + place % 90) for place in range(200))
+    (tmp_path / "b.txt").write_text(letters)
     (tmp_path / "deep" / "a.md").write_text("a" * 100)
     (tmp_path / "c.bin").write_text("c" * 100)
     documents = read_documents(tmp_path, BYTES, context=64)
@@ -49,6 +50,21 @@ def test_a_folder_keeps_a_file_together(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no .txt or .md file"):
         (tmp_path / "empty").mkdir()
         read_documents(tmp_path / "empty", BYTES, context=64)
+
+
+def test_text_that_repeats_counts_once(tmp_path: Path) -> None:
+    """The same words in two splits would be no proof, nor thirty times the same document thirty documents."""
+    first, second = ({"text": f"{word} " * 20} for word in ("one", "two"))
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(record) for record in [first, second] * 30))
+    assert [d.name for d in read_documents(tmp_path / "t.jsonl", BOS, 512)] == [
+        "t.jsonl line 1 window 0",
+        "t.jsonl line 2 window 0",
+    ]
+    (tmp_path / "a.txt").write_text("0123456789abcdef" * 600)
+    assert len(read_documents(tmp_path / "a.txt", BYTES, 64)) == 1
+    (tmp_path / "b.txt").write_text("0123456789abcdef" * 400)
+    (tmp_path / "a.txt").unlink()
+    assert len(read_documents(tmp_path, BYTES, 64)) == 1
 
 
 def test_jsonl_records(tmp_path: Path) -> None:

@@ -91,6 +91,10 @@ def test_the_main_job(call: Call, model: Model, text: Path, tmp_path: Path) -> N
     assert spoken.code == 0, spoken.err
     assert spoken.out.strip()
 
+    few = call("evaluate", out, "--against", source, "--tokens", "600", "--context", "64", "--json", "-q")
+    assert few.code == 0, few.err
+    assert json.loads(few.out)["documents"] == 10  # of the default text, cut at 64 tokens
+
 
 def test_a_contract_that_is_not_met_is_published_with_its_verdict(
     call: Call, model: Model, text: Path, tmp_path: Path

@@ -1,7 +1,9 @@
 """Text to documents of token ids, and three disjoint splits: calibrate (statistics), select (search), certify (proof).
 
 A Document is the unit of the later statistics: one window of at most `context` tokens. Windows of one `source` (a file
-of a folder, a record of a JSONL file) stay in one split. Of a single text file every window is its own source.
+of a folder, a record of a JSONL file) stay in one split. Of a single text file every window is its own source. A window
+whose tokens repeat an earlier one's is left out: it would carry text from one split into another, and count as evidence
+of its own.
 """
 
 import hashlib
@@ -100,7 +102,8 @@ def read_documents(
 ) -> list[Document]:
     """The documents of a text file, of a folder of .txt and .md files (by name), or of a .jsonl file's `field`.
 
-    `context`: tokens of a window at most, prefix included. `tokens`: stop reading when there are this many.
+    No two have the same tokens. `context`: tokens of a window at most, prefix included. `tokens`: stop reading when
+    there are this many.
     Raises BadInputError for what cannot be read as UTF-8 text, UsageError for a missing path or empty folder.
     """
     if context < _SHORTEST:
@@ -114,7 +117,7 @@ def read_documents(
     else:
         windows = _windows(_pieces(path), tokenizer, context)
         documents = (_document(path.name, number, ids, f"{path.name}#{number}") for number, ids in enumerate(windows))
-    return _until(documents, tokens)
+    return up_to(_distinct(documents), tokens)
 
 
 def demo_splits(tokenizer: Tokenizer, context: int) -> Splits:
@@ -192,7 +195,8 @@ def _bounded(documents: Sequence[Document], tokens: int, least: int) -> tuple[Do
     return tuple(taken)
 
 
-def _until(documents: Iterable[Document], tokens: int | None) -> list[Document]:
+def up_to(documents: Iterable[Document], tokens: int | None) -> list[Document]:
+    """The first documents, as far as the one that reaches `tokens` in all; None takes them all."""
     taken: list[Document] = []
     total = 0
     for document in documents:
@@ -201,6 +205,15 @@ def _until(documents: Iterable[Document], tokens: int | None) -> list[Document]:
         if tokens is not None and total >= tokens:
             break
     return taken
+
+
+def _distinct(documents: Iterable[Document]) -> Iterator[Document]:
+    seen = set()
+    for document in documents:
+        key = digest([document])
+        if key not in seen:
+            seen.add(key)
+            yield document
 
 
 def _document(name: str, number: int, ids: list[int], source: str) -> Document:

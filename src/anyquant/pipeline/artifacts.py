@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import gettempdir
 
-from anyquant.calibrate.text import demo_splits, read_documents
+from anyquant.calibrate.text import demo_splits, read_documents, up_to
 from anyquant.core.checkpoint import Checkpoint, TensorSpec
 from anyquant.core.errors import AnyQuantError, BadInputError, InconclusiveError, UsageError
 from anyquant.core.progress import Progress
@@ -125,7 +125,7 @@ def evaluate(artifact: Path, against: Path, judging: Judging, progress: Progress
     tokenizer = source_tokenizer(source)
     context = usable_context(judging.context, architecture)
     if judging.text is None:
-        documents = list(demo_splits(tokenizer, context).certify)
+        documents = up_to(demo_splits(tokenizer, context).certify, judging.tokens)
     else:
         documents = read_documents(Path(judging.text), tokenizer, context, tokens=judging.tokens)
     if not documents:
