@@ -43,6 +43,7 @@ bench: $(INSTALLED)
 	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/encoder_error.py
 	$(BIN)/python bench/start.py
+	$(BIN)/python bench/quality.py
 
 readers:
 	@echo "no reader needs an environment of its own yet: llama.cpp and transformers are in the main one"

@@ -1,0 +1,23 @@
+"""The main job on the built-in model, as `make demo` runs it."""
+
+from pathlib import Path
+
+import pytest
+
+import anyquant as aq
+
+
+@pytest.mark.slow
+def test_the_demo_keeps_its_contract_and_evaluate_reproduces_it(tmp_path: Path) -> None:
+    report = aq.make("demo", target="llama.cpp", quality="balanced", out=tmp_path / "out")
+    assert report.status == "pass"
+    assert report.loss is not None and report.loss.documents >= 30
+    assert report.nbytes == (tmp_path / "out" / "model.gguf").stat().st_size < 0.4 * report.source_bytes
+    # visibly trained: far below the vocabulary of 2048, and two bits hurt much more than four
+    assert report.loss.reference_perplexity < 60
+    tried = {point.label: point.kl for point in report.points}
+    assert tried["Q2_K"] > 5 * tried[report.label]
+    again = aq.evaluate(tmp_path / "out", against="demo")
+    assert again.mean_kl.value == pytest.approx(report.loss.mean_kl[0], rel=1e-3)
+    text = "".join(aq.run(tmp_path / "out", "The function returns", tokens=8))
+    assert text.strip()
