@@ -1,6 +1,7 @@
 """Every verb on a real model: made, planned, looked into, measured and run, with the real runtimes."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -8,6 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 
 from anyquant.cli.main import VERBS
@@ -265,3 +268,18 @@ def test_light_verbs_load_nothing_heavy(model: Model, arguments: list[str]) -> N
     run = subprocess.run([sys.executable, "-c", code, *real], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stderr == "HEAVY []\n"
+
+
+def test_what_is_printed_as_json_is_strict(call: Call, tmp_path: Path) -> None:
+    path = tmp_path / "odd.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_float32("llama.odd", math.nan)
+    writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    shown = call("inspect", path, "--json")
+    assert shown.code == 0, shown.err
+    assert "NaN" not in shown.out
+    assert json.loads(shown.out)["metadata"]["llama.odd"] is None

@@ -37,15 +37,10 @@ def command(
     from anyquant import api
     from anyquant.pipeline.report import plain
 
-    measures = api.evaluate(
-        artifact,
-        against=against,
-        text=text,
-        tokens=tokens,
-        context=context,
-        threads=threads,
-        progress=TerminalProgress(quiet),
-    )
+    with TerminalProgress(quiet) as progress:
+        measures = api.evaluate(
+            artifact, against=against, text=text, tokens=tokens, context=context, threads=threads, progress=progress
+        )
     if as_json:
         click.echo(json.dumps(plain(asdict(measures)), indent=1))
     else:

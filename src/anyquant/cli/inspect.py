@@ -18,10 +18,11 @@ def command(path: str, tensors: bool, as_json: bool) -> None:
     Only headers are read.
     """
     from anyquant import api
+    from anyquant.pipeline.report import plain
 
     contents = api.inspect(path)
     if as_json:
-        plain = {
+        facts = {
             "location": contents.location,
             "kind": contents.kind,
             "family": contents.family,
@@ -31,7 +32,7 @@ def command(path: str, tensors: bool, as_json: bool) -> None:
             "tensors": [asdict(tensor) for tensor in contents.tensors],
             "metadata": {key: value for key, value in contents.metadata.items() if _plain(value)},
         }
-        click.echo(json.dumps(plain, indent=1, ensure_ascii=False))
+        click.echo(json.dumps(plain(facts), indent=1, ensure_ascii=False, allow_nan=False))
     else:
         print_contents(contents, tensors)
 

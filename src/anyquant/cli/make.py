@@ -37,17 +37,18 @@ def command(model: str, out: Path, force: bool, as_json: bool, quiet: bool, **fl
     from anyquant import api
     from anyquant.pipeline.report import render_json
 
-    report = api.make(
-        model,
-        out=out,
-        target=flags["target"],
-        quality=flags["quality"],
-        contract=contract_of(flags),
-        recipe=recipe_of(flags),
-        overwrite=force,
-        threads=flags["threads"],
-        progress=TerminalProgress(quiet),
-    )
+    with TerminalProgress(quiet) as progress:
+        report = api.make(
+            model,
+            out=out,
+            target=flags["target"],
+            quality=flags["quality"],
+            contract=contract_of(flags),
+            recipe=recipe_of(flags),
+            overwrite=force,
+            threads=flags["threads"],
+            progress=progress,
+        )
     if as_json:
         click.echo(render_json(report), nl=False)
     else:

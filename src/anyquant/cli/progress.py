@@ -1,6 +1,7 @@
 """Progress on a terminal: a bar with rate and time left; without a terminal, one line when a task ends."""
 
 import time
+from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -25,13 +26,24 @@ class _Rate(ProgressColumn):
 
 
 class TerminalProgress:
-    """The sink that the command line passes to long work. Everything goes to standard error."""
+    """The sink that the command line passes to long work. Everything goes to standard error.
+
+    `with TerminalProgress() as progress:` gives the terminal its cursor back, however the work ends.
+    """
 
     def __init__(self, quiet: bool = False) -> None:
         self._console = Console(stderr=True, quiet=quiet, highlight=False)
         self._bar: Progress | None = None
         self._task: Any = None
         self._name, self._unit, self._total, self._began = "", "", 0.0, 0.0
+
+    def __enter__(self) -> "TerminalProgress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop_bar()
 
     def start(self, task: str, total: float, unit: str) -> None:
         self.finish()
@@ -56,14 +68,17 @@ class TerminalProgress:
     def finish(self) -> None:
         if not self._name:
             return
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        self._stop_bar()
         seconds = max(time.monotonic() - self._began, 1e-9)
         self._console.print(
             f"[dim]{self._name:<12} {seconds:6.1f} s  {rate_text(self._total / seconds, self._unit)}[/]"
         )
         self._name = ""
+
+    def _stop_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
     def say(self, message: str) -> None:
         self._console.print(message, markup=False)
