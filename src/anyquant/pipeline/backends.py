@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from anyquant.calibrate.stats import Statistics
 from anyquant.calibrate.text import Document
 from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.errors import AnyQuantError
@@ -115,8 +114,7 @@ class StateBackend:
         self.threads, self.progress = threads, progress
 
     def write(self, job: Job, statistics: Importance, stage: Stage) -> None:
-        steer = statistics.digest() if isinstance(statistics, Statistics) else ""
-        write_state(job, statistics, steer, stage, self.threads, self.progress)
+        write_state(job, statistics, stage, self.threads, self.progress)
 
     def verify(self, job: Job, statistics: Importance, stage: Stage) -> Verified:
         return Verified(verify_state(job, stage.folder, statistics, self.threads, self.progress), {})

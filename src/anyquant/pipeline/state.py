@@ -4,7 +4,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from hashlib import sha256
+from os import SEEK_END
 from pathlib import Path
+
+import numpy as np
 
 from anyquant.core.checkpoint import read_tensor
 from anyquant.core.dtypes import Bytes, Float32, from_float32
@@ -20,12 +23,12 @@ from anyquant.pipeline.run import Importance, Sink, quantize_block, squared_erro
 from anyquant.store.publish import Stage
 from anyquant.store.state import EntryWriter, StateReader, StateWriter, entry_key
 
-CODE_VERSION = "1"  # changes whenever the same input may give other codes
+CODE_VERSION = "2"  # changes whenever the same input may give other codes
 
 
 def source_hash(job: Job, linear: Linear) -> str:
-    """sha256 of a Linear's float32 values, in row blocks."""
-    digest = sha256()
+    """sha256 of a Linear's shape and float32 values, in row blocks."""
+    digest = sha256(repr(linear.shape).encode())
     step = max(BLOCK_WEIGHTS // linear.view.columns, 1) if not linear.view.transposed else linear.view.rows
     unit = next(unit for unit in job.layout.units if linear.name in unit.linears)
     for first in range(0, linear.view.rows, step):
@@ -34,12 +37,16 @@ def source_hash(job: Job, linear: Linear) -> str:
     return digest.hexdigest()
 
 
-def write_state(
-    job: Job, statistics: Importance, steer: str, stage: Stage, threads: int, progress: Progress
-) -> Mapping[str, str]:
+def _importance_hash(statistics: Importance, linear: Linear) -> str:
+    """sha256 of the importance of a Linear's own inputs: equal weights with other inputs are rounded otherwise."""
+    found = statistics.importance(linear)
+    return "" if found is None else sha256(np.ascontiguousarray(found, dtype="<f4").data).hexdigest()
+
+
+def write_state(job: Job, statistics: Importance, stage: Stage, threads: int, progress: Progress) -> Mapping[str, str]:
     """Fill `stage` with the entries of the job, what is carried, and plan.json. Returns Linear name to key.
 
-    `steer` is the digest of the statistics. One entry is open per Linear at work, written by blocks of rows.
+    One entry is open per Linear at work, written by blocks of rows.
     """
     keys = {}
     progress.start("quantize", job.weights, "w")
@@ -50,7 +57,8 @@ def write_state(
         for name, pieces in by_linear.items():
             linear, decision = job.architecture.by_name[name], job.plan.decisions[name]
             steering = {"grid": decision.grid, "algorithm": decision.algorithm, "options": dict(decision.options)}
-            keys[name] = entry_key(source_hash(job, linear), steering, steer, CODE_VERSION)
+            importance = _importance_hash(statistics, linear)
+            keys[name] = entry_key(source_hash(job, linear), steering, importance, CODE_VERSION)
             if not state.has(keys[name], find_grid):
                 with state.begin(keys[name], find_grid(decision.grid), linear.shape) as entry:
                     _fill(job, entry, pieces, statistics, threads)
@@ -82,6 +90,20 @@ def _write_carried(job: Job, sink: Sink) -> None:
             sink.finish(descriptor)
 
 
+def _verify_carried(job: Job, folder: Path) -> None:
+    """What is carried must be on disk as the source and the plan have it, and so must the small files."""
+    for file in job.layout.files:
+        if file.path != CARRIED and file.parts:
+            continue
+        with (folder / file.path).open("rb") as stream:
+            same = stream.read(len(file.prefix)) == file.prefix
+            for part in file.parts:
+                stream.seek(part.offset)
+                same = same and stream.read(part.nbytes) == _carried_bytes(job, part.name).tobytes()
+            if not same or stream.seek(0, SEEK_END) != file.nbytes:
+                raise AnyQuantError(f"verify: {file.path} is not what was planned")
+
+
 def _carried_bytes(job: Job, name: str) -> Bytes:
     carried = job.architecture.carried_by_name[name]
     values = read_tensor(job.checkpoint, carried.tensor).reshape(-1)[carried.start : carried.start + carried.length]
@@ -103,7 +125,7 @@ def verify_state(
 ) -> Mapping[str, float]:
     """Read every entry back, check its hash, decode it and compare with the source: relative error by Linear.
 
-    Raises AnyQuantError when an entry is not what the plan says.
+    Raises AnyQuantError when an entry, or what is carried beside them, is not what the plan says.
     """
     reader = StateReader(folder, find_grid)
     sums: dict[str, list[float]] = {name: [0.0, 0.0] for name in reader.names()}
@@ -114,6 +136,7 @@ def verify_state(
         entry.verify()
         if entry.grid.name != job.plan.decisions[name].grid or entry.shape != job.architecture.by_name[name].shape:
             raise AnyQuantError(f"verify: {name} is {entry.grid.name} {entry.shape}, not what was planned")
+    _verify_carried(job, folder)
 
     def work(block: Block) -> tuple[float, float]:
         rows = entries[block.linear.name].rows(block.first, block.first + block.rows)
