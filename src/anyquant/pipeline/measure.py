@@ -10,12 +10,14 @@ import numpy.typing as npt
 
 from anyquant.calibrate.text import Document
 from anyquant.core.checkpoint import Checkpoint
+from anyquant.core.errors import OutputError
 from anyquant.core.progress import Progress
 from anyquant.evaluate.measures import Comparison, Measures
 from anyquant.models.architecture import Architecture
 from anyquant.pipeline.report import Conversion, Loss
 from anyquant.runtimes.base import Session
 from anyquant.runtimes.transformers import TransformersRuntime
+from anyquant.store.system import SYSTEM, writing
 
 CONVERSION_DOCUMENTS = 3
 CONVERSION_TOKENS = 256
@@ -24,23 +26,29 @@ CONVERSION_TOKENS = 256
 class ReferenceLogits:
     """Logits of the original on some documents: computed once, block by block, kept as float16 in an unnamed file.
 
-    Each row is stored minus its maximum, so that float16 is finest where the probability is.
+    Each row is stored minus its maximum, so that float16 is finest where the probability is. Two bytes per token and
+    entry of the vocabulary lie in `folder` until `close`. Raises OutputError when it has no room for them.
     """
 
     def __init__(
         self, runtime: TransformersRuntime, documents: Sequence[Document], folder: Path, progress: Progress
     ) -> None:
         self.documents = tuple(documents)
-        self._file = TemporaryFile(dir=folder)  # noqa: SIM115 - lives as long as the object
+        self._width = runtime.architecture.dimensions.vocabulary
         self._starts: list[int] = []
-        self._width = 0
+        _expect_space(folder, 2 * self._width * sum(len(document.tokens) for document in self.documents))
+        with writing(folder):
+            self._file = TemporaryFile(dir=folder)  # noqa: SIM115 - lives as long as the object
         ids = [document.tokens for document in self.documents]
-        for logits in runtime.logits(ids, progress):
-            self._starts.append(self._file.tell())
-            self._width = logits.shape[1]
+        for _, start, logits in runtime.logit_chunks(ids, progress):
+            if start == 0:
+                self._starts.append(self._file.tell())
             shifted = logits - logits.max(axis=1, keepdims=True)
-            self._file.write(np.maximum(shifted, -60000.0).astype(np.float16).data)
-        self._file.flush()
+            kept = np.maximum(shifted, -60000.0, out=shifted).astype(np.float16)
+            with writing(folder):
+                self._file.write(kept.data)
+        with writing(folder):
+            self._file.flush()
 
     def read(self, index: int) -> npt.NDArray[np.float16]:
         """float16 (tokens, vocabulary) of one document."""
@@ -50,6 +58,17 @@ class ReferenceLogits:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _expect_space(folder: Path, nbytes: int) -> None:
+    """Raise OutputError now rather than after the whole model was run: large vocabularies take many gigabytes."""
+    with writing(folder):
+        free = SYSTEM.free_bytes(folder)
+    if free < nbytes:
+        raise OutputError(
+            f"{folder}: {nbytes} bytes are needed for the logits of the original while it is measured, {free} are "
+            "free; free some, or give fewer --tokens"
+        )
 
 
 def compare(session: Session, reference: ReferenceLogits, progress: Progress, label: str) -> Measures:
