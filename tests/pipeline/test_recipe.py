@@ -9,7 +9,7 @@ import pytest
 
 from anyquant.core.errors import BadInputError, UsageError
 from anyquant.core.linear import Linear, Role, View
-from anyquant.pipeline.recipe import MAXIMUM_BYTES, Calibration, Recipe, Rule, load_recipe, parse_recipe
+from anyquant.pipeline.recipe import MAXIMUM_BYTES, Calibration, Recipe, Rule, canonical, load_recipe, parse_recipe
 
 FULL = """
 version = 1
@@ -140,3 +140,10 @@ def test_the_digest_is_the_recipe_and_nothing_else() -> None:
         assert run.stdout.strip() == digest, run.stderr
     changed = [FULL.replace(*change) for change in (('"q8_0"', '"q4_0"'), ("[0, 3]", "[0, 4]"), ("1000", "1001"))]
     assert len({digest, *(parse_recipe(tomllib.loads(text)).digest() for text in changed)}) == 4
+
+
+@pytest.mark.parametrize(("other", "value"), [("data_free", True), ("imatrix", __file__)])
+def test_importance_that_is_not_collected_cannot_be_kept(other: str, value: object) -> None:
+    calibration = Calibration(keep_imatrix=True, **{other: value})  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="keep-imatrix"):
+        canonical(Recipe(calibration=calibration))

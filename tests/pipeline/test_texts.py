@@ -23,7 +23,7 @@ def load(model: Path, **calibration: object) -> tuple[list[int], dict[str, objec
     wanted = Calibration(**calibration)  # type: ignore[arg-type]
     splits = load_splits(source_tokenizer(checkpoint), detect(checkpoint), wanted)
     assert not {d.name for d in splits.calibrate} & {d.name for d in splits.certify}
-    return [len(part) for part in splits], describe(splits, wanted)
+    return [len(part) for part in splits], describe(splits, wanted, searched=False)
 
 
 def test_few_tokens_do_not_make_a_long_text_short(model: Model, tmp_path: Path) -> None:
@@ -47,3 +47,16 @@ def test_too_little_text_is_inconclusive(model: Model, tmp_path: Path) -> None:
     path.write_text(lines(20))
     with pytest.raises(InconclusiveError, match="too little text"):
         load(model("llama"), text=str(path), context=32)
+
+
+def test_only_text_that_was_used_is_in_the_report(model: Model, tmp_path: Path) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text(lines(400))
+    splits = load_splits(
+        source_tokenizer(open_checkpoint(model("llama"))),
+        detect(open_checkpoint(model("llama"))),
+        Calibration(text=str(path), context=32),
+    )
+    assert set(describe(splits, Calibration(), searched=True)) == {"text", "calibrate", "select", "certify"}
+    assert set(describe(splits, Calibration(data_free=True), searched=True)) == {"text", "select", "certify"}
+    assert set(describe(splits, Calibration(imatrix="i.gguf"), searched=False)) == {"text", "certify"}

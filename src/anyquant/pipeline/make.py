@@ -156,8 +156,6 @@ class Maker:
     def _statistics(self, splits: Splits | None, stage: Stage) -> Importance:
         calibration = self.request.recipe.calibration
         if not self.importance or splits is None:
-            if calibration.keep_imatrix:
-                raise UsageError("--keep-imatrix: a data-free run collects no importance; leave out --data-free")
             return Unweighted()
         with self.watch.stage("calibrate"):
             checkpoint, documents = self.request.checkpoint, splits.calibrate
@@ -262,7 +260,7 @@ class Maker:
             points=tuple(self.evidence.points),
             ledger=make_ledger(job, verified.errors),
             recipe=job.recipe.as_dict(),
-            data={} if splits is None else describe(splits, request.recipe.calibration),
+            data={} if splits is None else describe(splits, request.recipe.calibration, request.climb),
             hashes=dict(verified.hashes),
             versions=_versions(),
             seconds=self.watch.seconds,

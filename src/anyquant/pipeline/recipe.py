@@ -206,9 +206,14 @@ def load_recipe(path: Path) -> Recipe:
 def canonical(recipe: Recipe) -> Recipe:
     """Names as they are registered: grids in lower, presets in upper case.
 
-    Raises BadInputError for a text or importance file that is not there.
+    Raises BadInputError for a text or importance file that is not there, UsageError when importance that is not
+    collected is to be kept.
     """
-    for name, path in (("text", recipe.calibration.text), ("imatrix", recipe.calibration.imatrix)):
+    calibration = recipe.calibration
+    if calibration.keep_imatrix and (calibration.data_free or calibration.imatrix is not None):
+        other = "--data-free" if calibration.data_free else "--imatrix"
+        raise UsageError(f"--keep-imatrix keeps what is collected, and with {other} nothing is; leave out one of them")
+    for name, path in (("text", calibration.text), ("imatrix", calibration.imatrix)):
         if path is not None and not Path(path).exists():
             raise BadInputError(f"the {name} {path} does not exist")
 

@@ -63,8 +63,13 @@ def load_splits(tokenizer: Tokenizer, architecture: Architecture, calibration: C
         return split([replace(document, source=document.name) for document in documents], amounts)
 
 
-def describe(splits: Splits, calibration: Calibration) -> dict[str, object]:
-    """What the report says of the text: source, sizes and a hash per split."""
+def describe(splits: Splits, calibration: Calibration, searched: bool) -> dict[str, object]:
+    """What the report says of the text: source, sizes and a hash per split, of those that were used.
+
+    `searched`: whether anything was chosen on *select*.
+    """
+    calibrated = not calibration.data_free and calibration.imatrix is None
+    used = {"calibrate": calibrated, "select": searched, "certify": True}
     return {
         "text": calibration.text or "the default text (documentation topics of CPython)",
         **{
@@ -74,5 +79,6 @@ def describe(splits: Splits, calibration: Calibration) -> dict[str, object]:
                 "sha256": digest(part),
             }
             for name, part in zip(Splits._fields, splits, strict=True)
+            if used[name]
         },
     }
