@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 import pytest
 
+import anyquant
 from anyquant.cli.main import VERBS
 from anyquant.store.manifest import read_manifest
 from cli.conftest import Call
@@ -283,3 +284,19 @@ def test_what_is_printed_as_json_is_strict(call: Call, tmp_path: Path) -> None:
     assert shown.code == 0, shown.err
     assert "NaN" not in shown.out
     assert json.loads(shown.out)["metadata"]["llama.odd"] is None
+
+
+@pytest.mark.parametrize(("limit", "status"), [(1, "fail"), (1 << 30, "pass")])
+def test_a_size_is_judged_without_measuring(model: Model, tmp_path: Path, limit: int, status: str) -> None:
+    report = anyquant.make(
+        model("llama"),
+        target="llama.cpp",
+        preset="Q8_0",
+        contract=anyquant.Contract(max_size=limit),
+        data_free=True,
+        out=tmp_path / "out",
+        threads=1,
+    )
+    assert report.status == status
+    assert report.sentences[0] == "Nothing was measured."
+    assert f"size {report.nbytes} bytes" in report.sentences[1]

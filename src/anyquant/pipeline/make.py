@@ -222,12 +222,13 @@ class Maker:
         )
 
     def _sentences(self, verdict: Verdict) -> tuple[str, ...]:
-        if self.evidence.measures is None:
-            return ("Nothing was measured.",)
-        said = [verdict.sentence]
+        measured = self.evidence.measures is not None
+        said = [] if measured else ["Nothing was measured."]
+        if measured or not self.request.contract.empty:
+            said.append(verdict.sentence)
         if verdict.status in (Status.FAIL, Status.INCONCLUSIVE):
             said.append("The contract is not shown to hold; the artifact is published with this verdict in its report.")
-        if self.request.target.runtime != self.request.target.name:
+        if measured and self.request.target.runtime != self.request.target.name:
             said.append(f"{self.request.target.note[0].upper()}{self.request.target.note[1:]}.")
         return tuple(said)
 
