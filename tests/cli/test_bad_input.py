@@ -440,3 +440,18 @@ def test_an_artifact_that_was_changed_is_not_measured(call: Call, model: Model, 
     raw[-4000:] = b"\xff" * 4000
     (out / "model.gguf").write_bytes(raw)
     refused(call("evaluate", out, "--against", model("llama"), "-q"), 5, "sha256")
+
+
+def test_a_model_whose_logits_are_not_finite(call: Call, copy: Callable[[str], Path], tmp_path: Path) -> None:
+    """Its weights are finite; what they give is not. That is no evidence, and no fault of the conversion."""
+    folder = copy("llama")
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if ".layers.1.mlp." in name]:
+        tensors[name] = tensors[name] * np.float32(1e19)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    text = tmp_path / "input"
+    text.write_text("".join(f"line {number} of the text, which is long enough\n" for number in range(500)))
+    limits = ("--preset", "F32", "--max-kl", "0.1", "--text", text, "--context", "32", "--data-free")
+    made = call("make", folder, "--for", "llama.cpp", *limits, "--threads", "1", "-q", "-o", tmp_path / "out")
+    refused(made, 4, "not finite")
+    nothing_published(tmp_path)

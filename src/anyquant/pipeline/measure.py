@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from anyquant.calibrate.text import Document
 from anyquant.core.checkpoint import Checkpoint
-from anyquant.core.errors import OutputError
+from anyquant.core.errors import InconclusiveError, OutputError
 from anyquant.core.progress import Progress
 from anyquant.evaluate.measures import Comparison, Measures
 from anyquant.models.architecture import Architecture
@@ -119,11 +119,17 @@ def check_conversion(
 ) -> Conversion:
     """The runtime against our own decode of the artifact, on a few short documents, and its token ids on their text.
 
-    `encode` is the source's tokenizer, special tokens included.
+    `encode` is the source's tokenizer, special tokens included. Raises InconclusiveError when our own decode gives
+    values that are not finite: then there is nothing to compare with, and the fault is the model's.
     """
     ids = [document.tokens[:CONVERSION_TOKENS] for document in documents[:CONVERSION_DOCUMENTS]]
     comparison = Comparison()
     for number, logits in enumerate(decoded_logits(decoded, architecture, source, ids)):
+        if not np.isfinite(logits).all():
+            raise InconclusiveError(
+                f"{source.location}: with its own float32 arithmetic the model gives logits that are not finite "
+                f"({documents[number].name}); nothing can be shown of it, and nothing was published"
+            )
         comparison.add(str(number), logits, session.logits(ids[number]), ids[number])
     measures = comparison.measures()
     return Conversion(
