@@ -19,7 +19,7 @@ from anyquant.pipeline.texts import source_tokenizer, usable_context
 from anyquant.runtimes import RUNTIMES
 from anyquant.runtimes.transformers import TransformersRuntime
 from anyquant.store.gguf import GGUFFile
-from anyquant.store.manifest import read_manifest, verify_manifest
+from anyquant.store.manifest import listed_files, read_manifest, verify_manifest
 from anyquant.store.open import is_state, open_checkpoint
 from anyquant.store.state import StateReader
 
@@ -111,6 +111,14 @@ def entry_of(artifact: Path) -> Path:
     return inner if artifact.is_dir() and inner.exists() else artifact
 
 
+def _refuse_changed(artifact: Path) -> None:
+    """Figures of a file that was changed would be blamed on the rounding; one without a manifest is taken as is."""
+    if artifact.is_dir() and read_manifest(artifact) is not None:
+        verify_manifest(artifact)
+    elif artifact.is_file() and artifact.name in listed_files(artifact.parent):
+        verify_manifest(artifact.parent)
+
+
 def evaluate(artifact: Path, against: Path, judging: Judging, progress: Progress) -> Measures:
     """All measures of the artifact in its runtime against the original checkpoint.
 
@@ -118,8 +126,7 @@ def evaluate(artifact: Path, against: Path, judging: Judging, progress: Progress
     """
     expect_libraries(runtime_name(artifact))
     open_checkpoint(artifact)  # refuses a damaged or incomplete artifact with a reason
-    if artifact.is_dir() and read_manifest(artifact) is not None:
-        verify_manifest(artifact)  # figures of a file that was changed would be blamed on the rounding
+    _refuse_changed(artifact)
     source: Checkpoint = open_checkpoint(against)
     architecture = detect(source)
     tokenizer = source_tokenizer(source)
