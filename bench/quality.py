@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from anyquant import api
 from anyquant.core.progress import Silent
 from anyquant.core.qtensor import QTensor
-from anyquant.evaluate.measures import Measures
+from anyquant.evaluation.measures import Measures
 from anyquant.formats import rules
 from anyquant.formats.gguf.layouts import layout
 from anyquant.grids import grid as find_grid

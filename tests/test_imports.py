@@ -12,7 +12,7 @@ LAYERS = [
     {"core"},
     {"grids", "store", "models", "demo"},
     {"calibrate", "runtimes"},
-    {"transforms", "algorithms", "formats", "graphs", "evaluate"},
+    {"transforms", "algorithms", "formats", "graphs", "evaluation"},
     {"contract"},
     {"pipeline"},
     {"advisor"},
@@ -54,7 +54,7 @@ def test_imports_point_downwards(path: Path) -> None:
 
 
 def test_algorithms_and_contract_know_no_grid_by_name() -> None:
-    for folder in ("algorithms", "contract", "evaluate"):
+    for folder in ("algorithms", "contract", "evaluation"):
         for path in (PACKAGE / folder).rglob("*.py"):
             assert not any(m.startswith("anyquant.grids.") for m, _ in imports(path)), path
 

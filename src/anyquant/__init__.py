@@ -18,7 +18,5 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         from anyquant import api
 
-        # all at once: loading them puts the folder `evaluate` where the verb of that name belongs
-        globals().update({verb: getattr(api, verb) for verb in __all__})
-        return globals()[name]
+        return getattr(api, name)
     raise AttributeError(f"module 'anyquant' has no attribute {name!r}")

@@ -10,8 +10,8 @@ from pathlib import Path
 from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.errors import UnsupportedError, UsageError
 from anyquant.core.progress import Progress, Silent
-from anyquant.evaluate.measures import Measures
-from anyquant.evaluate.verdict import Contract, contract_for
+from anyquant.evaluation.measures import Measures
+from anyquant.evaluation.verdict import Contract, contract_for
 from anyquant.formats import rules
 from anyquant.models.detect import detect
 from anyquant.pipeline import artifacts
@@ -26,6 +26,7 @@ from anyquant.store.gguf import GGUFFile
 from anyquant.store.open import open_checkpoint
 
 DEMO = "demo"
+DEFAULT_TEXT_TOKENS = 4096  # about what the calibrate part of the default text has
 
 
 def model_path(model: str | Path) -> Path:
@@ -153,7 +154,7 @@ def plan(
     architecture = detect(checkpoint)
     importance = not wish.calibration.data_free
     job, refusal = draft_job(architecture, checkpoint, rules(goal.format), wish, importance)
-    tokens = wish.calibration.tokens if importance else 0
+    tokens = (wish.calibration.tokens if wish.calibration.text else DEFAULT_TEXT_TOKENS) if importance else 0
     return Planned(job, estimate(job, threads or cores(), tokens), refusal)
 
 

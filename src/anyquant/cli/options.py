@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from anyquant.core.errors import UsageError
-from anyquant.evaluate.verdict import QUALITIES, Contract
+from anyquant.evaluation.verdict import QUALITIES, Contract
 from anyquant.pipeline.recipe import LEAST_CONTEXT, LEAST_TOKENS, Recipe, load_recipe
 
 Decorated = Callable[..., Any]

@@ -8,8 +8,8 @@ from rich.text import Text
 
 from anyquant.cli.terminal import one_line
 from anyquant.core.ledger import Ledger
-from anyquant.evaluate.bootstrap import ENOUGH_DOCUMENTS
-from anyquant.evaluate.measures import Measures
+from anyquant.evaluation.bootstrap import ENOUGH_DOCUMENTS
+from anyquant.evaluation.measures import Measures
 from anyquant.pipeline.artifacts import Contents
 from anyquant.pipeline.cost import Planned
 from anyquant.pipeline.picture import human_bytes
@@ -90,7 +90,7 @@ def print_plan(planned: Planned, ledger: Ledger) -> None:
                 ("size", f"{cost.disk:,} bytes {exactly} ({human_bytes(cost.disk)}); source {human_bytes(source)}"),
                 ("bits per weight", f"{8 * job.layout.payload / job.weights:.3f}"),
                 ("memory", f"about {human_bytes(cost.memory)} at the peak"),
-                ("time", f"about {cost.seconds:.0f} s to quantize and verify, without measuring"),
+                ("time", f"about {cost.seconds:.0f} s to calibrate, quantize and verify, without measuring"),
             ]
         )
     )

@@ -10,7 +10,7 @@ from anyquant.calibrate.text import demo_splits, read_documents, up_to
 from anyquant.core.checkpoint import Checkpoint, TensorSpec
 from anyquant.core.errors import AnyQuantError, BadInputError, InconclusiveError, UsageError
 from anyquant.core.progress import Progress
-from anyquant.evaluate.measures import Measures
+from anyquant.evaluation.measures import Measures
 from anyquant.grids import grid as find_grid
 from anyquant.models.detect import detect
 from anyquant.pipeline.measure import ReferenceLogits, compare

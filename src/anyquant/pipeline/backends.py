@@ -9,8 +9,8 @@ from anyquant.calibrate.text import Document
 from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.errors import AnyQuantError
 from anyquant.core.progress import Progress
-from anyquant.evaluate.measures import Comparison, Measures
-from anyquant.evaluate.speed import measure_speed
+from anyquant.evaluation.measures import Comparison, Measures
+from anyquant.evaluation.speed import measure_speed
 from anyquant.formats.base import Format
 from anyquant.pipeline.measure import ReferenceLogits, check_conversion, compare
 from anyquant.pipeline.planner import Job, writable

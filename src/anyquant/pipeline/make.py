@@ -1,6 +1,7 @@
 """The main job: open, plan, calibrate, quantize, verify, measure in the runtime, judge, publish with a report."""
 
 import resource
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -12,8 +13,8 @@ from anyquant.calibrate.text import Document, Splits, Tokenizer
 from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.errors import OutputError, UsageError
 from anyquant.core.progress import Progress
-from anyquant.evaluate.measures import Measures
-from anyquant.evaluate.verdict import Contract, Status, Verdict, judge
+from anyquant.evaluation.measures import Measures
+from anyquant.evaluation.verdict import Contract, Status, Verdict, judge
 from anyquant.formats import rules
 from anyquant.formats.base import Rules
 from anyquant.models.architecture import Architecture
@@ -193,6 +194,8 @@ class Maker:
                 )
                 if _promising(measures, self.request.contract):
                     break
+            else:
+                self.warnings.append("no preset of the ladder kept the contract on the select text: this is the last")
         finally:
             reference.close()
         return job
@@ -265,9 +268,15 @@ class Maker:
             hashes=dict(verified.hashes),
             versions=_versions(),
             seconds=self.watch.seconds,
-            peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            peak_memory=_peak_memory(),
             warnings=tuple(self.warnings),
         )
+
+
+def _peak_memory() -> int:
+    """Peak resident bytes of this process; the system counts in kilobytes, macOS in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _versions() -> dict[str, str]:

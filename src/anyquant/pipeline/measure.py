@@ -12,7 +12,7 @@ from anyquant.calibrate.text import Document
 from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.errors import InconclusiveError, OutputError
 from anyquant.core.progress import Progress
-from anyquant.evaluate.measures import Comparison, Measures
+from anyquant.evaluation.measures import Comparison, Measures
 from anyquant.models.architecture import Architecture
 from anyquant.pipeline.report import Conversion, Loss
 from anyquant.runtimes.base import Session

@@ -11,7 +11,7 @@ from typing import Any
 
 from anyquant.core.extras import require
 from anyquant.core.ledger import Ledger
-from anyquant.evaluate.verdict import QUALITIES
+from anyquant.evaluation.verdict import QUALITIES
 from anyquant.pipeline.picture import Point, error_map, human_bytes, size_and_loss
 
 SCHEMA = 1
@@ -168,13 +168,19 @@ def _interval(value: tuple[float, float, float], scale: float = 1.0, form: str =
     return f"{middle} ({low} to {high})"
 
 
+def _kl_form(value: float) -> str:
+    """Decimals where they show something, powers of ten below."""
+    return ".5f" if value >= 1e-3 else ".1e"
+
+
 def summary_rows(report: Report) -> list[tuple[str, str]]:
     """The figures a person reads first, in words."""
     saved = 1 - report.nbytes / report.source_bytes
+    change = f"{abs(saved):.0%} {'smaller' if saved > 0 else 'larger'}" if abs(saved) >= 0.005 else "as large as before"
     rows = [
         ("verdict", report.status),
         ("artifact", report.artifact or "the whole folder"),
-        ("size", f"{report.nbytes:,} bytes, {report.bits_per_weight:.2f} bits per weight, {saved:.0%} smaller"),
+        ("size", f"{report.nbytes:,} bytes, {report.bits_per_weight:.2f} bits per weight, {change}"),
     ]
     if report.loss is not None:
         loss = report.loss
@@ -182,7 +188,7 @@ def summary_rows(report: Report) -> list[tuple[str, str]]:
         text = report.data.get("text", "")
         rows += [
             ("judged on", f"{loss.documents} documents, {loss.tokens:,} tokens of {text}; in brackets 95 % intervals"),
-            ("mean KL", f"{_interval(loss.mean_kl)} nats"),
+            ("mean KL", f"{_interval(loss.mean_kl, form=_kl_form(loss.mean_kl[0]))} nats"),
             ("99.9 % KL", f"{loss.kl_99_9:.4f} nats"),
             ("same top token", _interval(loss.same_top, 100, ".2f") + " %"),
             (

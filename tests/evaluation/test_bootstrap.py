@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 
 from anyquant.core.errors import AnyQuantError
-from anyquant.evaluate.bootstrap import bias_corrected, bounds, estimate, ratio, resample
+from anyquant.evaluation.bootstrap import bias_corrected, bounds, estimate, ratio, resample
 
 
 def test_normal_data_gives_the_t_interval() -> None:

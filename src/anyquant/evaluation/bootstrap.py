@@ -17,7 +17,7 @@ from statistics import NormalDist
 import numpy as np
 
 from anyquant.core.errors import AnyQuantError
-from anyquant.evaluate.kl import Float64
+from anyquant.evaluation.kl import Float64
 
 ENOUGH_DOCUMENTS = 30
 _BATCH = 1 << 22  # elements of the resampling weights held at once

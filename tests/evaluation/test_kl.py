@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from anyquant.core.errors import BadInputError
-from anyquant.evaluate.agreement import same_top
-from anyquant.evaluate.kl import divergence, kl_divergence, log_softmax, tail_quantile
-from anyquant.evaluate.perplexity import negative_log_likelihood, perplexity
+from anyquant.evaluation.agreement import same_top
+from anyquant.evaluation.kl import divergence, kl_divergence, log_softmax, tail_quantile
+from anyquant.evaluation.perplexity import negative_log_likelihood, perplexity
 
 
 def test_divergence_equals_torch() -> None:

@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from anyquant.core.errors import BadInputError
-from anyquant.evaluate.agreement import same_top
-from anyquant.evaluate.bootstrap import ENOUGH_DOCUMENTS, Estimate, estimate
-from anyquant.evaluate.kl import TAIL_TOKENS, Float64, divergence, log_softmax, same_vocabulary, tail_quantile
-from anyquant.evaluate.perplexity import negative_log_likelihood, perplexity
+from anyquant.evaluation.agreement import same_top
+from anyquant.evaluation.bootstrap import ENOUGH_DOCUMENTS, Estimate, estimate
+from anyquant.evaluation.kl import TAIL_TOKENS, Float64, divergence, log_softmax, same_vocabulary, tail_quantile
+from anyquant.evaluation.perplexity import negative_log_likelihood, perplexity
 
 _ELEMENTS = 1 << 20  # logits widened to float64 at once
 

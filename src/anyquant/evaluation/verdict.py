@@ -11,9 +11,9 @@ from enum import StrEnum
 
 from anyquant.core.errors import UsageError
 from anyquant.core.registry import suggest
-from anyquant.evaluate.bootstrap import ENOUGH_DOCUMENTS, Estimate
-from anyquant.evaluate.kl import TAIL_TOKENS
-from anyquant.evaluate.measures import Measures
+from anyquant.evaluation.bootstrap import ENOUGH_DOCUMENTS, Estimate
+from anyquant.evaluation.kl import TAIL_TOKENS
+from anyquant.evaluation.measures import Measures
 
 # mean KL of llama.cpp's q8_0, q6_K, q5_K_M, q4_K_M on Llama-3-8B, wikitext-2 (its perplexity README)
 QUALITIES: Mapping[str, float] = {"lossless": 0.0014, "strict": 0.0055, "balanced": 0.011, "compact": 0.030}

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from anyquant.core.errors import BadInputError
-from anyquant.evaluate.kl import Float64
+from anyquant.evaluation.kl import Float64
 
 
 def negative_log_likelihood(log_probabilities: Float64, next_tokens: npt.NDArray[Any]) -> Float64:

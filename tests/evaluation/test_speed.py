@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from anyquant.core.errors import UsageError
-from anyquant.evaluate.speed import measure_speed
+from anyquant.evaluation.speed import measure_speed
 
 
 class Slow:

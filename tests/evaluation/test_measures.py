@@ -10,9 +10,9 @@ import scipy.special
 import scipy.stats
 
 from anyquant.core.errors import BadInputError, UsageError
-from anyquant.evaluate.bootstrap import Estimate
-from anyquant.evaluate.measures import Comparison, Measures, tail_bound
-from anyquant.evaluate.verdict import Contract, Status, contract_for, judge
+from anyquant.evaluation.bootstrap import Estimate
+from anyquant.evaluation.measures import Comparison, Measures, tail_bound
+from anyquant.evaluation.verdict import Contract, Status, contract_for, judge
 
 Logits = npt.NDArray[np.float32]
 
