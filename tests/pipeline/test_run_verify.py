@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 
 from anyquant.core.checkpoint import read_view
+from anyquant.core.dtypes import Float32
 from anyquant.core.errors import AnyQuantError, BadInputError
 from anyquant.core.linear import Linear
 from anyquant.core.plan import Chunk, Unit
@@ -229,3 +230,20 @@ def test_a_disk_that_fails_stops_the_run(model: Model, tmp_path: Path) -> None:
         written(job, stage, threads=2)
     assert caught.value.exit_code == 7
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_norm_that_was_written_wrongly_is_found(model: Model, stage: Stage) -> None:
+    """Its digest agrees, since these are the bytes that were written: only the source can tell."""
+
+    class Scaling(GGUFFormat):
+        broken = True
+
+        def carry(self, unit: Unit, architecture: Architecture, values: Float32) -> list[Chunk]:
+            return super().carry(unit, architecture, values * np.float32(2) if self.broken else values)
+
+    wrong = Scaling()
+    job = replace(job_of(model("llama"), grid="q8_0"), format=wrong)
+    done = written(job, stage)
+    Scaling.broken = False
+    with pytest.raises(AnyQuantError, match="attn_norm on disk differs from the source"):
+        verified(job, stage, done)

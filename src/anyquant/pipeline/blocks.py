@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from anyquant.core.checkpoint import read_view
+from anyquant.core.checkpoint import read_tensor, read_view
 from anyquant.core.dtypes import Float32
 from anyquant.core.errors import BadInputError
 from anyquant.core.linear import Linear
@@ -52,6 +52,14 @@ def read_block(job: Job, block: Block) -> Float32:
     weights = read_view(job.checkpoint, block.linear.view, block.first, block.first + block.rows)
     check_finite(weights, f"tensor {block.linear.view.tensor} ({block.linear.name})", block.first)
     return weights
+
+
+def read_carried(job: Job, name: str) -> Float32:
+    """The source values of a carried tensor, flat float32. Raises BadInputError when a value is not finite."""
+    carried = job.architecture.carried_by_name[name]
+    values = read_tensor(job.checkpoint, carried.tensor).reshape(-1)[carried.start : carried.start + carried.length]
+    check_finite(values, f"tensor {carried.tensor} ({name})")
+    return values
 
 
 def check_finite(values: Float32, where: str, first_row: int = 0) -> None:

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from anyquant.algorithms import ALGORITHMS
-from anyquant.core.checkpoint import read_tensor
 from anyquant.core.dtypes import Float32
 from anyquant.core.grid import Grid
 from anyquant.core.linear import Linear
@@ -16,7 +15,7 @@ from anyquant.core.plan import Chunk, Layout, Unit
 from anyquant.core.progress import Progress
 from anyquant.core.qtensor import QTensor
 from anyquant.grids import grid as find_grid
-from anyquant.pipeline.blocks import Block, blocks, check_finite, read_block
+from anyquant.pipeline.blocks import Block, blocks, read_block, read_carried
 from anyquant.pipeline.executors.threads import run_all
 from anyquant.pipeline.planner import Job, writable
 
@@ -105,10 +104,7 @@ def quantize_block(job: Job, block: Block, statistics: Importance) -> QTensor:
 def _carry(job: Job, unit: Unit, files: _Files) -> dict[tuple[str, int], bytes]:
     digests = {}
     for name in unit.carried:
-        carried = job.architecture.carried_by_name[name]
-        values = read_tensor(job.checkpoint, carried.tensor).reshape(-1)[carried.start : carried.start + carried.length]
-        check_finite(values, f"tensor {carried.tensor} ({name})")
-        for chunk in writable(job).carry(unit, job.architecture, values):
+        for chunk in writable(job).carry(unit, job.architecture, read_carried(job, name)):
             digests[chunk.part, chunk.offset] = files.write(chunk)
     return digests
 

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from anyquant.core.checkpoint import read_tensor
 from anyquant.core.dtypes import Bytes, Float32, from_float32
 from anyquant.core.errors import AnyQuantError
 from anyquant.core.linear import Linear
 from anyquant.core.progress import Progress
 from anyquant.formats.state import CARRIED, carried_dtype
 from anyquant.grids import grid as find_grid
-from anyquant.pipeline.blocks import BLOCK_WEIGHTS, Block, blocks, check_finite, read_block
+from anyquant.pipeline.blocks import BLOCK_WEIGHTS, Block, blocks, read_block, read_carried
 from anyquant.pipeline.executors.threads import run_all
 from anyquant.pipeline.planner import Job
 from anyquant.pipeline.run import Importance, Sink, quantize_block, squared_error
@@ -105,10 +104,8 @@ def _verify_carried(job: Job, folder: Path) -> None:
 
 
 def _carried_bytes(job: Job, name: str) -> Bytes:
-    carried = job.architecture.carried_by_name[name]
-    values = read_tensor(job.checkpoint, carried.tensor).reshape(-1)[carried.start : carried.start + carried.length]
-    check_finite(values, f"tensor {carried.tensor} ({name})")
-    return from_float32(values, carried_dtype(job.plan, job.checkpoint, name, carried.tensor))
+    tensor = job.architecture.carried_by_name[name].tensor
+    return from_float32(read_carried(job, name), carried_dtype(job.plan, job.checkpoint, name, tensor))
 
 
 def _plain_plan(job: Job) -> dict[str, object]:

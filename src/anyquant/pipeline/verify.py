@@ -12,7 +12,7 @@ import numpy as np
 from anyquant.core.dtypes import Bytes
 from anyquant.core.errors import AnyQuantError
 from anyquant.core.progress import Progress
-from anyquant.pipeline.blocks import Block, blocks, read_block
+from anyquant.pipeline.blocks import Block, blocks, read_block, read_carried
 from anyquant.pipeline.executors.threads import run_all
 from anyquant.pipeline.planner import Job, writable
 from anyquant.pipeline.run import Importance, Written, content_digest, squared_error
@@ -87,6 +87,16 @@ def _check_digests(written: Written, reader: _Reader, sizes: Mapping[tuple[str, 
             raise AnyQuantError(f"verify: {part} at {offset} differs from what was written")
 
 
+def _check_carried(job: Job, reader: _Reader) -> None:
+    """Norms and biases on disk are those of the source."""
+    for unit in job.layout.units:
+        for name in unit.carried:
+            for chunk in writable(job).carry(unit, job.architecture, read_carried(job, name)):
+                wanted = memoryview(chunk.data).cast("B")
+                if reader.read(chunk.part, chunk.offset, len(wanted)).data != wanted:
+                    raise AnyQuantError(f"verify: {name} on disk differs from the source")
+
+
 def _sizes(job: Job, written: Written) -> dict[tuple[str, int], int]:
     """Bytes of each written chunk: up to the next chunk of its part, or the end of the part."""
     starts: dict[str, list[int]] = defaultdict(list)
@@ -141,6 +151,7 @@ def verify(
 
     try:
         _check_digests(written, reader, _sizes(job, written))
+        _check_carried(job, reader)
         progress.start("verify", job.weights, "w")
         run_all(work, blocks(job), threads, done)
         progress.finish()
