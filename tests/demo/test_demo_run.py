@@ -13,6 +13,9 @@ def test_the_demo_keeps_its_contract_and_evaluate_reproduces_it(tmp_path: Path) 
     assert report.status == "pass"
     assert report.loss is not None and report.loss.documents >= 30
     assert report.nbytes == (tmp_path / "out" / "model.gguf").stat().st_size < 0.4 * report.source_bytes
+    # the twin shows the conversion, the artifact what 8-bit activations add
+    assert report.conversion is not None and report.conversion.mean_kl < 1e-8
+    assert report.conversion.arithmetic is not None and 1e-5 < report.conversion.arithmetic < 5e-3
     # visibly trained: far below the vocabulary of 2048, and two bits hurt much more than four
     assert report.loss.reference_perplexity < 60
     tried = {point.label: point.kl for point in report.points}

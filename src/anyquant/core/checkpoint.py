@@ -41,7 +41,8 @@ class TensorSpec:
 class Checkpoint(Protocol):
     """Lazy, bounded access to stored tensors. `location` is what error messages call it."""
 
-    location: str
+    @property
+    def location(self) -> str: ...
 
     def __hash__(self) -> int:
         """By identity: what was read of one checkpoint may be remembered for it."""

@@ -1,23 +1,22 @@
 """How a job is written, verified, measured and proved: through a format and its runtime, or as the neutral state."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from anyquant.calibrate.text import Document
-from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.errors import AnyQuantError
 from anyquant.core.progress import Progress
 from anyquant.evaluation.measures import Comparison, Measures
 from anyquant.evaluation.speed import measure_speed
-from anyquant.formats.base import Format
 from anyquant.pipeline.measure import ReferenceLogits, check_conversion, compare
 from anyquant.pipeline.planner import Job, writable
 from anyquant.pipeline.report import Conversion
 from anyquant.pipeline.run import Importance, Written, execute
 from anyquant.pipeline.state import decoded, verify_state, write_state
 from anyquant.pipeline.targets import Target
+from anyquant.pipeline.twin import MOST_WEIGHTS, twin_conversion
 from anyquant.pipeline.verify import Verified, verify
 from anyquant.runtimes import RUNTIMES
 from anyquant.runtimes.base import Session
@@ -83,24 +82,28 @@ class RuntimeBackend:
             return compare(session, reference, self.progress, label)
 
     def prove(self, job: Job, stage: Stage, documents: Sequence[Document], encode: Callable[[str], list[int]]) -> Proof:
-        target: Format = writable(job)
-        source: Checkpoint = job.checkpoint
-        exact = all(self.target.exact(decision.grid) for decision in job.plan.decisions.values())
+        decoded = writable(job).open(stage.folder, job.architecture)
         with self._session(job, stage, documents) as session:
-            conversion = check_conversion(
-                session, target.open(stage.folder, job.architecture), job.architecture, source, documents, encode
-            )
+            direct = check_conversion(session, decoded, job.architecture, job.checkpoint, documents, encode)
             speed = measure_speed(session, documents[0].tokens[:SPEED_PROMPT], 16, 3, self.clock)
-        limit = EXACT_LIMIT if exact else ROUNDED_LIMIT
-        if not conversion.tokens_equal:
+        exact = all(self.target.exact(decision.grid) for decision in job.plan.decisions.values())
+        found = self._judged(direct, EXACT_LIMIT if exact else ROUNDED_LIMIT)
+        if not exact and job.weights <= MOST_WEIGHTS:
+            twin = twin_conversion(job, decoded, self.runtime, stage, documents, encode)
+            found = replace(self._judged(twin, EXACT_LIMIT), arithmetic=direct.mean_kl)
+        rates = {"prompt": speed.prompt_per_second, "generation": speed.generated_per_second}
+        return Proof(found, {name: round(rate, 1) for name, rate in rates.items()})
+
+    def _judged(self, found: Conversion, limit: float) -> Conversion:
+        """The conversion with its limit. Raises AnyQuantError when it is exceeded."""
+        if not found.tokens_equal:
             raise AnyQuantError(f"{self.runtime.name} and the source's tokenizer give different token ids")
-        if not conversion.mean_kl <= limit:
+        if not found.mean_kl <= limit:
             raise AnyQuantError(
                 f"conversion error: {self.runtime.name} differs from the decoded bytes of the artifact by mean KL "
-                f"{conversion.mean_kl:.2e}, the limit is {limit:g}; nothing was published"
+                f"{found.mean_kl:.2e}, the limit is {limit:g}; nothing was published"
             )
-        rates = {"prompt": speed.prompt_per_second, "generation": speed.generated_per_second}
-        return Proof(conversion.with_limit(limit), {name: round(rate, 1) for name, rate in rates.items()})
+        return found.with_limit(limit)
 
     def _session(self, job: Job, stage: Stage, documents: Sequence[Document]) -> Session:
         longest = max(len(document.tokens) for document in documents)

@@ -37,13 +37,18 @@ class Loss:
 
 @dataclass(frozen=True)
 class Conversion:
-    """The runtime's logits against `transformers` running the weights decoded from the artifact's own bytes."""
+    """The runtime's logits against `transformers` running the weights decoded from the artifact's own bytes.
+
+    Where the runtime rounds activations, `mean_kl` is that of the artifact's float32 twin, and `arithmetic` what the
+    rounding adds: the mean KL of the artifact itself.
+    """
 
     documents: int
     tokens: int
     mean_kl: float
     limit: float
     tokens_equal: bool
+    arithmetic: float | None = None
 
     def with_limit(self, limit: float) -> "Conversion":
         """The same, judged against `limit`."""
@@ -199,7 +204,9 @@ def summary_rows(report: Report) -> list[tuple[str, str]]:
     if report.conversion is not None:
         check = report.conversion
         ids = "token ids equal" if check.tokens_equal else "TOKEN IDS DIFFER"
-        rows.append(("conversion error", f"{check.mean_kl:.2e} nats (limit {check.limit:g}), {ids}"))
+        rows.append(("conversion error", f"{check.mean_kl:.1e} nats (limit {check.limit:g}), {ids}"))
+        if check.arithmetic is not None:
+            rows.append(("rounded activations", f"{check.arithmetic:.1e} nats, the runtime's own arithmetic"))
     if report.speed:
         rows.append(("speed", ", ".join(f"{name} {value:.0f} tokens/s" for name, value in report.speed.items())))
     share = "" if report.loss is None else ", measuring included"

@@ -1,0 +1,77 @@
+"""The float32 twin of a quantized artifact: the same decoded values in a type on which the runtime computes exactly.
+
+Runtimes round activations where weights are quantized, so their logits differ from those of the decoded weights by more
+than a conversion may. The twin is written by the same format from the artifact's own decoded bytes: when the runtime
+agrees with `transformers` on it to float precision, then names, row orders, metadata and tokenizer are right, and what
+is left of the difference is the runtime's arithmetic.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from anyquant.calibrate.text import Document
+from anyquant.core.checkpoint import Checkpoint, TensorSpec
+from anyquant.core.dtypes import Bytes
+from anyquant.core.progress import Silent
+from anyquant.pipeline.measure import check_conversion
+from anyquant.pipeline.planner import Job, make_job
+from anyquant.pipeline.recipe import Recipe
+from anyquant.pipeline.report import Conversion
+from anyquant.pipeline.run import Unweighted, execute
+from anyquant.runtimes.base import Runtime
+from anyquant.store.publish import Stage
+
+PRESET = "F32"
+MOST_WEIGHTS = 500_000_000  # 2 GB beside the output for a moment; larger models are compared directly
+
+
+@dataclass(frozen=True, eq=False)
+class DecodedSource:
+    """The tensors of a decoded artifact with the config and the small files of the model it came from."""
+
+    decoded: Checkpoint
+    source: Checkpoint
+
+    @property
+    def location(self) -> str:
+        return self.source.location
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.source.config
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return self.decoded.metadata
+
+    def text_file(self, name: str) -> bytes | None:
+        return self.source.text_file(name)
+
+    def names(self) -> Sequence[str]:
+        return self.decoded.names()
+
+    def spec(self, name: str) -> TensorSpec:
+        return self.decoded.spec(name)
+
+    def read_into(self, name: str, start: int, stop: int, buffer: Bytes) -> None:
+        self.decoded.read_into(name, start, stop, buffer)
+
+
+def twin_conversion(
+    job: Job,
+    decoded: Checkpoint,
+    runtime: Runtime,
+    stage: Stage,
+    documents: Sequence[Document],
+    encode: Callable[[str], list[int]],
+) -> Conversion:
+    """The runtime on the twin against `transformers` on the decoded weights. The twin is removed again."""
+    weights = DecodedSource(decoded, job.checkpoint)
+    twin = make_job(job.architecture, weights, job.format, Recipe(preset=PRESET), False)
+    beside = stage.out.with_name(f"{stage.out.name}-twin")
+    with Stage(beside, needed=twin.layout.nbytes) as staged:
+        execute(twin, Unweighted(), staged, 1, Silent())
+        longest = max(len(document.tokens) for document in documents)
+        with runtime.load(staged.folder / job.format.entry, longest) as session:
+            return check_conversion(session, decoded, job.architecture, job.checkpoint, documents, encode)
