@@ -24,7 +24,7 @@ from anyquant.formats.gguf.layouts import layout
 from anyquant.grids import grid as find_grid
 from anyquant.models.detect import detect
 from anyquant.pipeline.blocks import blocks, read_block
-from anyquant.pipeline.measure import ReferenceLogits, compare
+from anyquant.pipeline.measure import ReferenceLogits, answers, compare
 from anyquant.pipeline.planner import Job, make_job, writable
 from anyquant.pipeline.recipe import Calibration, Recipe
 from anyquant.pipeline.run import Importance, Unweighted, execute
@@ -59,7 +59,7 @@ def overwrite_with_stock(job: Job, statistics: Importance, file: Path) -> None:
 def measure(file: Path, reference: ReferenceLogits) -> Measures:
     longest = max(len(document.tokens) for document in reference.documents)
     with RUNTIMES.get("llama.cpp").load(file, context=longest) as session:
-        return compare(session, reference, Silent(), "")
+        return compare(answers(session, reference.documents), reference, Silent(), "")
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """The verbs in Python, the same as on the command line: make, plan, inspect, evaluate, run."""
 
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,10 +17,11 @@ from anyquant.pipeline import artifacts
 from anyquant.pipeline.cost import Planned, estimate
 from anyquant.pipeline.make import Maker, Request
 from anyquant.pipeline.planner import draft_job
-from anyquant.pipeline.recipe import Calibration, Recipe, canonical, load_recipe
+from anyquant.pipeline.recipe import Calibration, Recipe, canonical, chosen, load_recipe
 from anyquant.pipeline.report import Report
 from anyquant.pipeline.targets import Target, neutral
 from anyquant.pipeline.targets import target as find_target
+from anyquant.runtimes.base import cores
 from anyquant.store.gguf import GGUFFile
 from anyquant.store.open import open_checkpoint
 
@@ -45,19 +45,11 @@ def source_of(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _recipe(
     base: Recipe | str | Path | None, preset: str | None, grid: str | None, data_free: bool, text: str | Path | None
 ) -> Recipe:
     recipe = base if isinstance(base, Recipe) else Recipe() if base is None else load_recipe(Path(base))
-    if preset is not None and grid is not None:
-        raise UsageError("give --preset or --grid, not both")
-    if preset is not None or grid is not None:
-        recipe = replace(recipe, preset=preset, grid=grid)
+    recipe = chosen(recipe, preset, grid)
     calibration = recipe.calibration
     if data_free:
         calibration = replace(calibration, data_free=True)

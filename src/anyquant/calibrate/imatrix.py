@@ -20,7 +20,7 @@ from anyquant.core.extras import require
 from anyquant.core.linear import Linear
 from anyquant.store.gguf import MAGIC, GGUFFile
 
-SUMS, COUNTS, PLAIN_SUMS = ".in_sum2", ".counts", ".in_sum"
+SUMS, COUNTS = ".in_sum2", ".counts"
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,15 @@ import click
 from anyquant.cli.options import contract_of, how_good, recipe_of, what_to_do, which_text
 from anyquant.cli.progress import TerminalProgress
 from anyquant.cli.tables import print_report
+from anyquant.core.errors import ContractFailedError, InconclusiveError
 
-STATUS_CODES = {"pass": 0, "measured": 0, "unmeasured": 0, "fail": 3, "inconclusive": 4}
+STATUS_CODES = {
+    "pass": 0,
+    "measured": 0,
+    "unmeasured": 0,
+    "fail": ContractFailedError.exit_code,
+    "inconclusive": InconclusiveError.exit_code,
+}
 
 
 @click.command("make", short_help="Quantize, prove, publish.")

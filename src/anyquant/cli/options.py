@@ -9,7 +9,7 @@ import click
 
 from anyquant.core.errors import UsageError
 from anyquant.evaluation.verdict import QUALITIES, Contract
-from anyquant.pipeline.recipe import LEAST_CONTEXT, LEAST_TOKENS, Recipe, load_recipe
+from anyquant.pipeline.recipe import LEAST_CONTEXT, LEAST_TOKENS, Recipe, chosen, load_recipe
 
 Decorated = Callable[..., Any]
 
@@ -62,12 +62,8 @@ what_to_do, how_good, which_text = _add(_WHAT), _add(_HOW_GOOD), _add(_TEXT)
 
 def recipe_of(flags: dict[str, Any]) -> Recipe:
     """The recipe file, if any, with the flags on top. Raises UsageError for flags that exclude each other."""
-    if flags["preset"] is not None and flags["grid"] is not None:
-        raise UsageError("give --preset or --grid, not both")
     path = flags["recipe"]
-    recipe = Recipe() if path is None else load_recipe(path)
-    if flags["preset"] is not None or flags["grid"] is not None:
-        recipe = replace(recipe, preset=flags["preset"], grid=flags["grid"])
+    recipe = chosen(Recipe() if path is None else load_recipe(path), flags["preset"], flags["grid"])
     given = {name: flags[name] for name in ("algorithm", "embedding", "head") if flags[name] is not None}
     calibration = {
         name: flags[name] for name in ("text", "imatrix", "tokens", "context") if flags.get(name) is not None

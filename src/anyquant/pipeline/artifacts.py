@@ -13,14 +13,14 @@ from anyquant.core.progress import Progress
 from anyquant.evaluation.measures import Measures
 from anyquant.grids import grid as find_grid
 from anyquant.models.detect import detect
-from anyquant.pipeline.measure import ReferenceLogits, compare
+from anyquant.pipeline.measure import ReferenceLogits, answers, compare
 from anyquant.pipeline.targets import expect_libraries
 from anyquant.pipeline.texts import source_tokenizer, usable_context
 from anyquant.runtimes import RUNTIMES
 from anyquant.runtimes.transformers import TransformersRuntime
 from anyquant.store.gguf import GGUFFile
 from anyquant.store.manifest import listed_files, read_manifest, verify_manifest
-from anyquant.store.open import is_state, open_checkpoint
+from anyquant.store.open import ARTIFACT, is_state, open_checkpoint
 from anyquant.store.state import StateReader
 
 LONGEST = 1 << 16  # tokens of a prompt and its continuation where the model does not say
@@ -100,14 +100,14 @@ class Judging:
 
 def runtime_name(artifact: Path) -> str:
     """The runtime that opens an artifact."""
-    if artifact.is_dir() and not (artifact / "model.gguf").exists():
+    if artifact.is_dir() and not (artifact / ARTIFACT).exists():
         return "transformers"
     return "llama.cpp"
 
 
 def entry_of(artifact: Path) -> Path:
     """The path that the runtime opens: OUT/model.gguf for an output folder that holds one."""
-    inner = artifact / "model.gguf"
+    inner = artifact / ARTIFACT
     return inner if artifact.is_dir() and inner.exists() else artifact
 
 
@@ -147,7 +147,7 @@ def evaluate(artifact: Path, against: Path, judging: Judging, progress: Progress
             )
         reference = ReferenceLogits(TransformersRuntime(source, architecture), documents, Path(gettempdir()), progress)
         try:
-            return compare(session, reference, progress, "measure")
+            return compare(answers(session, documents), reference, progress, "measure")
         finally:
             reference.close()
 

@@ -2,19 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Protocol
 
 from anyquant.calibrate.text import Document
 from anyquant.core.errors import AnyQuantError
-from anyquant.core.progress import Progress
-from anyquant.evaluation.measures import Comparison, Measures
+from anyquant.core.progress import Progress, Silent
+from anyquant.evaluation.measures import Measures
 from anyquant.evaluation.speed import measure_speed
-from anyquant.pipeline.measure import ReferenceLogits, check_conversion, compare
+from anyquant.pipeline.measure import ReferenceLogits, answers, check_conversion, compare
 from anyquant.pipeline.planner import Job, writable
 from anyquant.pipeline.report import Conversion
 from anyquant.pipeline.run import Importance, Written, execute
-from anyquant.pipeline.state import decoded, verify_state, write_state
+from anyquant.pipeline.state import decoder, verify_state, write_state
 from anyquant.pipeline.targets import Target
 from anyquant.pipeline.twin import MOST_WEIGHTS, twin_conversion
 from anyquant.pipeline.verify import Verified, verify
@@ -79,7 +78,7 @@ class RuntimeBackend:
 
     def measure(self, job: Job, stage: Stage, reference: ReferenceLogits, label: str) -> Measures:
         with self._session(job, stage, reference.documents) as session:
-            return compare(session, reference, self.progress, label)
+            return compare(answers(session, reference.documents), reference, self.progress, label)
 
     def prove(self, job: Job, stage: Stage, documents: Sequence[Document], encode: Callable[[str], list[int]]) -> Proof:
         decoded = writable(job).open(stage.folder, job.architecture)
@@ -123,21 +122,14 @@ class StateBackend:
         return Verified(verify_state(job, stage.folder, statistics, self.threads, self.progress), {})
 
     def measure(self, job: Job, stage: Stage, reference: ReferenceLogits, label: str) -> Measures:
-        comparison = Comparison()
+        weights = DecodedCheckpoint(job.checkpoint, job.architecture, decoder(stage.folder))
         ids = [document.tokens for document in reference.documents]
-        for index, logits in enumerate(self._runtime(job, stage.folder).logits(ids, self.progress)):
-            document = reference.documents[index]
-            comparison.add(document.name, reference.read(index), logits, document.tokens)
-        return comparison.measures()
+        candidates = TransformersRuntime(weights, job.architecture).logits(ids, self.progress)
+        return compare(candidates, reference, Silent(), label)
 
     def prove(self, job: Job, stage: Stage, documents: Sequence[Document], encode: Callable[[str], list[int]]) -> Proof:
         """No runtime but the reference reads the state: there is no conversion to prove."""
         return Proof(None, {})
-
-    @staticmethod
-    def _runtime(job: Job, folder: Path) -> TransformersRuntime:
-        weights = DecodedCheckpoint(job.checkpoint, job.architecture, lambda linear: decoded(folder, linear))
-        return TransformersRuntime(weights, job.architecture)
 
 
 def backend_for(target: Target, threads: int, progress: Progress, clock: Callable[[], float]) -> Backend:

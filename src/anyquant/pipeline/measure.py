@@ -1,14 +1,14 @@
 """Measure an artifact in its runtime: against the original (loss), and against our own decode of it (conversion)."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 
 import numpy as np
 import numpy.typing as npt
 
-from anyquant.calibrate.text import Document
+from anyquant.calibrate.text import Document, token_count
 from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.errors import InconclusiveError, OutputError
 from anyquant.core.progress import Progress
@@ -36,7 +36,7 @@ class ReferenceLogits:
         self.documents = tuple(documents)
         self._width = runtime.architecture.dimensions.vocabulary
         self._starts: list[int] = []
-        _expect_space(folder, 2 * self._width * sum(len(document.tokens) for document in self.documents))
+        _expect_space(folder, 2 * self._width * token_count(self.documents))
         with writing(folder):
             self._file = TemporaryFile(dir=folder)  # noqa: SIM115 - lives as long as the object
         ids = [document.tokens for document in self.documents]
@@ -71,12 +71,18 @@ def _expect_space(folder: Path, nbytes: int) -> None:
         )
 
 
-def compare(session: Session, reference: ReferenceLogits, progress: Progress, label: str) -> Measures:
-    """Run the artifact on the reference's documents and collect every measure."""
+def answers(session: Session, documents: Sequence[Document]) -> Iterator[npt.NDArray[np.float32]]:
+    """The runtime's logits of each document, computed when asked for."""
+    return (session.logits(document.tokens) for document in documents)
+
+
+def compare(
+    candidates: Iterable[npt.NDArray[np.float32]], reference: ReferenceLogits, progress: Progress, label: str
+) -> Measures:
+    """Every measure of the artifact's logits, one array per document of the reference."""
     comparison = Comparison()
-    progress.start(label, sum(len(document.tokens) for document in reference.documents), "tokens")
-    for index, document in enumerate(reference.documents):
-        candidate = session.logits(document.tokens)
+    progress.start(label, token_count(reference.documents), "tokens")
+    for index, (document, candidate) in enumerate(zip(reference.documents, candidates, strict=True)):
         comparison.add(document.name, reference.read(index), candidate, document.tokens)
         progress.advance(len(document.tokens))
     progress.finish()
@@ -102,13 +108,6 @@ def loss_of(measures: Measures, split: str) -> Loss:
     )
 
 
-def decoded_logits(
-    decoded: Checkpoint, architecture: Architecture, config: Checkpoint, documents: Sequence[Sequence[int]]
-) -> Iterator[npt.NDArray[np.float32]]:
-    """Logits of `transformers` on the weights decoded from the artifact's bytes."""
-    return TransformersRuntime(decoded, architecture, config.config).logits(documents)
-
-
 def check_conversion(
     session: Session,
     decoded: Checkpoint,
@@ -124,7 +123,8 @@ def check_conversion(
     """
     ids = [document.tokens[:CONVERSION_TOKENS] for document in documents[:CONVERSION_DOCUMENTS]]
     comparison = Comparison()
-    for number, logits in enumerate(decoded_logits(decoded, architecture, source, ids)):
+    ours = TransformersRuntime(decoded, architecture, source.config)
+    for number, logits in enumerate(ours.logits(ids)):
         if not np.isfinite(logits).all():
             raise InconclusiveError(
                 f"{source.location}: with its own float32 arithmetic the model gives logits that are not finite "

@@ -203,6 +203,13 @@ def load_recipe(path: Path) -> Recipe:
         raise UsageError(f"{path}: {error}") from None
 
 
+def chosen(recipe: Recipe, preset: str | None, grid: str | None) -> Recipe:
+    """The recipe with another base choice, where one is given. Raises UsageError when both are."""
+    if preset is not None and grid is not None:
+        raise UsageError("give --preset or --grid, not both")
+    return recipe if preset is None and grid is None else replace(recipe, preset=preset, grid=grid)
+
+
 def canonical(recipe: Recipe) -> Recipe:
     """Names as they are registered: grids in lower, presets in upper case.
 

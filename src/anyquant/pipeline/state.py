@@ -1,7 +1,7 @@
 """The neutral quantized state: written entry by entry, read back, decoded, judged by running the decoded weights."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from os import SEEK_END
@@ -13,26 +13,25 @@ from anyquant.core.dtypes import Bytes, Float32, from_float32
 from anyquant.core.errors import AnyQuantError
 from anyquant.core.linear import Linear
 from anyquant.core.progress import Progress
+from anyquant.core.qtensor import QTensor
 from anyquant.formats.state import CARRIED, carried_dtype
 from anyquant.grids import grid as find_grid
-from anyquant.pipeline.blocks import BLOCK_WEIGHTS, Block, blocks, read_block, read_carried
+from anyquant.pipeline.blocks import Block, blocks, read_block, read_carried
 from anyquant.pipeline.executors.threads import run_all
 from anyquant.pipeline.planner import Job
-from anyquant.pipeline.run import Importance, Sink, quantize_block, squared_error
+from anyquant.pipeline.run import Importance, Sink, quantize_block
+from anyquant.pipeline.verify import relative_errors
 from anyquant.store.publish import Stage
 from anyquant.store.state import EntryWriter, StateReader, StateWriter, entry_key
 
 CODE_VERSION = "2"  # changes whenever the same input may give other codes
 
 
-def source_hash(job: Job, linear: Linear) -> str:
-    """sha256 of a Linear's shape and float32 values, in row blocks."""
+def source_hash(job: Job, linear: Linear, pieces: Sequence[Block]) -> str:
+    """sha256 of a Linear's shape and float32 values; `pieces` are its row blocks, in order."""
     digest = sha256(repr(linear.shape).encode())
-    step = max(BLOCK_WEIGHTS // linear.view.columns, 1) if not linear.view.transposed else linear.view.rows
-    unit = next(unit for unit in job.layout.units if linear.name in unit.linears)
-    for first in range(0, linear.view.rows, step):
-        rows = read_block(job, Block(unit, linear, first, min(step, linear.view.rows - first)))
-        digest.update(rows.data)
+    for block in pieces:
+        digest.update(read_block(job, block).data)
     return digest.hexdigest()
 
 
@@ -57,7 +56,7 @@ def write_state(job: Job, statistics: Importance, stage: Stage, threads: int, pr
             linear, decision = job.architecture.by_name[name], job.plan.decisions[name]
             steering = {"grid": decision.grid, "algorithm": decision.algorithm, "options": dict(decision.options)}
             importance = _importance_hash(statistics, linear)
-            keys[name] = entry_key(source_hash(job, linear), steering, importance, CODE_VERSION)
+            keys[name] = entry_key(source_hash(job, linear, pieces), steering, importance, CODE_VERSION)
             if not state.has(keys[name], find_grid):
                 with state.begin(keys[name], find_grid(decision.grid), linear.shape) as entry:
                     _fill(job, entry, pieces, statistics, threads)
@@ -125,31 +124,22 @@ def verify_state(
     Raises AnyQuantError when an entry, or what is carried beside them, is not what the plan says.
     """
     reader = StateReader(folder, find_grid)
-    sums: dict[str, list[float]] = {name: [0.0, 0.0] for name in reader.names()}
-    if set(sums) != set(job.plan.decisions):
+    if set(reader.names()) != set(job.plan.decisions):
         raise AnyQuantError(f"verify: {folder}: the state does not hold the planned Linears")
-    entries = {name: reader.entry(name) for name in sums}
+    entries = {name: reader.entry(name) for name in reader.names()}
     for name, entry in entries.items():
         entry.verify()
         if entry.grid.name != job.plan.decisions[name].grid or entry.shape != job.architecture.by_name[name].shape:
             raise AnyQuantError(f"verify: {name} is {entry.grid.name} {entry.shape}, not what was planned")
     _verify_carried(job, folder)
 
-    def work(block: Block) -> tuple[float, float]:
-        rows = entries[block.linear.name].rows(block.first, block.first + block.rows)
-        return squared_error(read_block(job, block), rows.decode(), rows.grid, statistics.importance(block.linear))
+    def stored(block: Block) -> QTensor:
+        return entries[block.linear.name].rows(block.first, block.first + block.rows)
 
-    def done(block: Block, error: tuple[float, float]) -> None:
-        sums[block.linear.name][0] += error[0]
-        sums[block.linear.name][1] += error[1]
-        progress.advance(block.weights)
-
-    progress.start("verify", job.weights, "w")
-    run_all(work, blocks(job), threads, done)
-    progress.finish()
-    return {name: noise / energy if energy else 0.0 for name, (noise, energy) in sums.items()}
+    return relative_errors(job, stored, statistics, threads, progress)
 
 
-def decoded(folder: Path, linear: str) -> Float32:
-    """The weights of one Linear of a state."""
-    return StateReader(folder, find_grid).entry(linear).load().decode()
+def decoder(folder: Path) -> Callable[[str], Float32]:
+    """A function from the name of a Linear to its decoded weights; the plan of the state is read once."""
+    reader = StateReader(folder, find_grid)
+    return lambda linear: reader.entry(linear).load().decode()

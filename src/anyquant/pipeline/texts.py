@@ -12,6 +12,7 @@ from anyquant.calibrate.text import (
     load_tokenizer,
     read_documents,
     split,
+    token_count,
 )
 from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.errors import BadInputError, InconclusiveError, UnsupportedError
@@ -75,7 +76,7 @@ def describe(splits: Splits, calibration: Calibration, searched: bool) -> dict[s
         **{
             name: {
                 "documents": len(part),
-                "tokens": sum(len(document.tokens) for document in part),
+                "tokens": token_count(part),
                 "sha256": digest(part),
             }
             for name, part in zip(Splits._fields, splits, strict=True)

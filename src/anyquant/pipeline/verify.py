@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import numpy as np
 from anyquant.core.dtypes import Bytes
 from anyquant.core.errors import AnyQuantError
 from anyquant.core.progress import Progress
+from anyquant.core.qtensor import QTensor
 from anyquant.pipeline.blocks import Block, blocks, read_block, read_carried
 from anyquant.pipeline.executors.threads import run_all
 from anyquant.pipeline.planner import Job, writable
@@ -133,15 +134,33 @@ def verify(
     _check_structure(job, folder)
     _check_around(job, folder)
     reader = _Reader(job, folder)
-    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
 
-    def work(block: Block) -> tuple[float, float]:
+    def stored(block: Block) -> QTensor:
         name = block.linear.name
         places = job.format.slices(block.unit, job.architecture, name, block.first, block.rows)
         raw = {part: reader.read(part, offset, nbytes) for part, offset, nbytes in places}
         rows = target.unpack(block.unit, job.architecture, name, block.first, block.rows, raw)
         if content_digest(rows) != written.contents.get(block.key):
             raise AnyQuantError(f"verify: {name}, rows from {block.first}: codes or parameters differ from the planned")
+        return rows
+
+    try:
+        _check_digests(written, reader, _sizes(job, written))
+        _check_carried(job, reader)
+        errors = relative_errors(job, stored, statistics, threads, progress)
+    finally:
+        reader.close()
+    return Verified(errors, {file.path: file_hash(folder / file.path) for file in job.layout.files})
+
+
+def relative_errors(
+    job: Job, stored: Callable[[Block], QTensor], statistics: Importance, threads: int, progress: Progress
+) -> Mapping[str, float]:
+    """Relative weighted squared error of every Linear: the rows that `stored` reads back against the source's."""
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+
+    def work(block: Block) -> tuple[float, float]:
+        rows = stored(block)
         return squared_error(read_block(job, block), rows.decode(), rows.grid, statistics.importance(block.linear))
 
     def done(block: Block, error: tuple[float, float]) -> None:
@@ -149,13 +168,7 @@ def verify(
         sums[block.linear.name][1] += error[1]
         progress.advance(block.weights)
 
-    try:
-        _check_digests(written, reader, _sizes(job, written))
-        _check_carried(job, reader)
-        progress.start("verify", job.weights, "w")
-        run_all(work, blocks(job), threads, done)
-        progress.finish()
-    finally:
-        reader.close()
-    errors = {name: noise / energy if energy else 0.0 for name, (noise, energy) in sums.items()}
-    return Verified(errors, {file.path: file_hash(folder / file.path) for file in job.layout.files})
+    progress.start("verify", job.weights, "w")
+    run_all(work, blocks(job), threads, done)
+    progress.finish()
+    return {name: noise / energy if energy else 0.0 for name, (noise, energy) in sums.items()}

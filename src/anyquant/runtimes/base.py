@@ -1,5 +1,6 @@
 """What a runtime is: it says whether it can open an artifact, opens it, and answers with logits, text and speed."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,3 +99,8 @@ def sample(logits: Logits, temperature: float, random: np.random.Generator) -> i
     scaled = logits.astype(np.float64) / temperature
     weights = np.exp(scaled - scaled.max())
     return int(random.choice(len(weights), p=weights / weights.sum()))
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from anyquant.core.errors import AnyQuantError, BadInputError, UnsupportedError, UsageError
 from anyquant.core.registry import suggest
 from anyquant.runtimes import _llama_binding as binding
-from anyquant.runtimes.base import Logits, Memory, sample
+from anyquant.runtimes.base import Logits, Memory, cores, sample
 
 # bytes of one output buffer: bounds memory for vocabularies of 100 000 tokens and more
 OUTPUT_BYTES = 1 << 26
@@ -87,7 +87,7 @@ class LlamaCpp:
         library.log.clear()
         model = _load_model(library, path, options)
         try:
-            return cls._with_context(library, model, context, threads or _cores(), options)
+            return cls._with_context(library, model, context, threads or cores(), options)
         except BaseException:
             library.c.llama_model_free(model)
             raise
@@ -324,11 +324,6 @@ class LlamaCppRuntime:
 
 
 RUNTIME = LlamaCppRuntime()
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _expect_gguf(path: Path) -> None:

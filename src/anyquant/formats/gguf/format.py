@@ -22,8 +22,8 @@ from anyquant.formats.gguf.writer import TensorInfo, header, new_writer, place
 from anyquant.grids import grid as find_grid
 from anyquant.models.architecture import Architecture
 from anyquant.store.gguf import GGUFFile
+from anyquant.store.open import ARTIFACT
 
-FILE = "model.gguf"
 FLOAT_TYPE = "F32"  # of norms and biases: llama.cpp adds and multiplies them in float32 only
 
 
@@ -31,7 +31,7 @@ FLOAT_TYPE = "F32"  # of norms and biases: llama.cpp adds and multiplies them in
 class GGUFFormat:
     name: str = "gguf"
     default_carried: str = FLOAT_TYPE
-    entry: str = FILE
+    entry: str = ARTIFACT
 
     def part_names(self, architecture: Architecture) -> Mapping[str, str]:
         """Linear name to the name of the tensor that holds it."""
@@ -95,7 +95,7 @@ class GGUFFormat:
             Part(info.name, info.ggml_type, info.shape, offset, info.nbytes)
             for info, offset in zip(infos, offsets, strict=True)
         )
-        return Layout((TargetFile(FILE, prefix, parts, size),), units)
+        return Layout((TargetFile(ARTIFACT, prefix, parts, size),), units)
 
     def pack(self, unit: Unit, architecture: Architecture, linear: str, first_row: int, rows: QTensor) -> list[Chunk]:
         """See formats.base. Raises UnsupportedError for column groups and corrections: no GGUF type holds them."""
@@ -140,7 +140,7 @@ class GGUFFormat:
 
     def parts(self, folder: Path) -> Mapping[str, Part]:
         """Tensors of the file but those that follow from the config, which belong to the prefix."""
-        file = GGUFFile(folder / FILE)
+        file = GGUFFile(folder / ARTIFACT)
         return {
             tensor.name: Part(tensor.name, tensor.type, tensor.shape, tensor.offset, tensor.nbytes)
             for tensor in file.tensors.values()
@@ -149,7 +149,7 @@ class GGUFFormat:
 
     def open(self, artifact: Path, architecture: Architecture) -> Checkpoint:
         """See formats.base; `artifact` is the file or the folder that holds model.gguf."""
-        file = GGUFFile(artifact / FILE if artifact.is_dir() else artifact)
+        file = GGUFFile(artifact / ARTIFACT if artifact.is_dir() else artifact)
         units = tuple(_found(target, architecture, file) for target in targets(architecture))
 
         def read(part: str, offset: int, nbytes: int) -> Bytes:
