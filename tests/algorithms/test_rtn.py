@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from anyquant.algorithms import ALGORITHMS
-from anyquant.algorithms.base import complete_options
-from anyquant.algorithms.rtn import NEEDS, quantize
+from anyquant.algorithms.base import Task, complete_options
+from anyquant.algorithms.rtn import quantize
+from anyquant.calibrate.stats import Moments
 from anyquant.core.dtypes import Float32
 from anyquant.core.errors import UnsupportedError, UsageError
 from anyquant.core.grid import Codes, Grid, Parameter, Params, Scope
@@ -49,6 +50,7 @@ class Rows(Grid):
 
 WEIGHTS = np.random.default_rng(5).standard_t(3, (6, 32)).astype(np.float32)
 IMPORTANCE = np.random.default_rng(6).lognormal(0, 2, 32).astype(np.float32)
+STATS = Moments(IMPORTANCE, 1)
 
 
 def loss(decoded: Float32) -> float:
@@ -56,40 +58,41 @@ def loss(decoded: Float32) -> float:
 
 
 def test_importance_reaches_the_search() -> None:
-    with_it, without = (quantize(WEIGHTS, Rows(), importance, {}).decode() for importance in (IMPORTANCE, None))
+    with_it, without = (quantize(Task(WEIGHTS, Rows(), stats)).decode() for stats in (STATS, None))
     assert loss(with_it) < loss(without)
     assert ((WEIGHTS - without) ** 2).sum() < ((WEIGHTS - with_it) ** 2).sum()
 
 
 def test_slices_of_rows_are_slices_of_the_result() -> None:
-    whole = quantize(WEIGHTS, Rows(), IMPORTANCE, {})
-    part = quantize(WEIGHTS[2:5], Rows(), IMPORTANCE, {})
+    whole = quantize(Task(WEIGHTS, Rows(), STATS))
+    part = quantize(Task(WEIGHTS[2:5], Rows(), STATS))
     assert whole.shape == (6, 32) and part.shape == (3, 32)
     np.testing.assert_array_equal(part.decode(), whole.decode()[2:5])
 
 
 def test_shared_parameters_reach_the_grid() -> None:
     shared = {"widest": np.full((6, 1), 100, np.float32)}
-    assert quantize(WEIGHTS, Rows(), None, {}, shared).params["scale"].min() > 2
+    assert quantize(Task(WEIGHTS, Rows(), shared=shared)).params["scale"].min() > 2
 
 
 def test_a_shape_that_cannot_lie_on_the_grid_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="rows: shape 6 x 30"):
-        quantize(WEIGHTS[:, :30], Rows(), None, {})
+        quantize(Task(WEIGHTS[:, :30], Rows()))
 
 
 def test_the_registry_hands_out_the_algorithm() -> None:
     algorithm = ALGORITHMS.get("rtn")
-    assert algorithm.name == "rtn" and algorithm.needs == NEEDS == {"second_moment"} and not algorithm.options
-    expected = quantize(WEIGHTS, Rows(), IMPORTANCE, {}).decode()
-    np.testing.assert_array_equal(algorithm.quantize(WEIGHTS, Rows(), IMPORTANCE, {}).decode(), expected)
+    assert algorithm.name == "rtn" and algorithm.uses == {"second_moment"} and algorithm.rows_apart
+    assert algorithm.quantize is not None
+    expected = quantize(Task(WEIGHTS, Rows(), STATS)).decode()
+    np.testing.assert_array_equal(algorithm.quantize(Task(WEIGHTS, Rows(), STATS)).decode(), expected)
     with pytest.raises(UsageError, match="unknown algorithm 'rnt'; did you mean rtn"):
         ALGORITHMS.get("rnt")
 
 
 def test_unknown_and_ill_typed_options_are_usage_errors() -> None:
-    with pytest.raises(UsageError, match="rtn has no option 'damping'; it takes none"):
-        quantize(WEIGHTS, Rows(), None, {"damping": 0.1})
+    with pytest.raises(UsageError, match="rtn has no option 'damping'"):
+        quantize(Task(WEIGHTS, Rows(), options={"damping": 0.1}))
     defaults: dict[str, Any] = {"damping": 0.01, "sweeps": 3, "sort": True}
     assert complete_options("x", {"damping": 1}, defaults) == {"damping": 1, "sweeps": 3, "sort": True}
     with pytest.raises(UsageError, match="no option 'dampin'; did you mean damping"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from anyquant.calibrate.imatrix import Source, read_imatrix, write_imatrix
-from anyquant.calibrate.stats import Moment, Statistics
+from anyquant.calibrate.stats import Moments, Statistics
 from anyquant.core.errors import BadInputError, OutputError, UsageError
 from anyquant.core.linear import Linear, Role, View
 
@@ -87,7 +87,7 @@ def test_what_is_written_has_the_layout_of_llama_cpp_and_comes_back(tmp_path: Pa
     rng = np.random.default_rng(1)
     groups = {item.input_group: item for item in (Q, DOWN, HEAD, *EXPERTS)}
     moments = {
-        group: Moment(rng.lognormal(size=item.shape[1]).astype(np.float32), 3584) for group, item in groups.items()
+        group: Moments(rng.lognormal(size=item.shape[1]).astype(np.float32), 3584) for group, item in groups.items()
     }
     statistics = Statistics(moments)
     linears = [Q, K, DOWN, HEAD, *EXPERTS]
@@ -149,7 +149,7 @@ def test_other_files_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_writing_refuses_what_llama_cpp_would_refuse_or_what_would_be_lost(tmp_path: Path) -> None:
-    statistics = Statistics({expert.input_group: Moment(np.ones(4, np.float32), 1) for expert in EXPERTS})
+    statistics = Statistics({expert.input_group: Moments(np.ones(4, np.float32), 1) for expert in EXPERTS})
     with pytest.raises(UsageError, match="must name the text"):
         write_imatrix(tmp_path / "a.gguf", statistics, EXPERTS, TENSORS, Source((), 1, 1))
     with pytest.raises(UsageError, match=r"experts \[1, 2\] only"):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from anyquant.calibrate.stats import Moment, SecondMoments, Statistics
+from anyquant.calibrate.stats import Moments, SecondMoments, Statistics
 from anyquant.core.errors import BadInputError, UsageError
 from anyquant.core.linear import Linear, Role, View
 
@@ -45,8 +45,8 @@ def test_no_tokens() -> None:
 
 
 def test_importance_is_found_by_group_or_by_name() -> None:
-    shared, own = (Moment(np.full(3, value, np.float32), 1) for value in (2, 3))
-    statistics = Statistics({"group": shared, "b": own, "short": Moment(np.ones(2, np.float32), 1)}, missing=("d",))
+    shared, own = (Moments(np.full(3, value, np.float32), 1) for value in (2, 3))
+    statistics = Statistics({"group": shared, "b": own, "short": Moments(np.ones(2, np.float32), 1)}, missing=("d",))
     assert statistics.importance(linear("a", "group")) is shared.second_moment
     assert statistics.importance(linear("b", "group")) is own.second_moment
     assert statistics.importance(linear("c", "tokens", Role.EMBEDDING)) is None
@@ -58,8 +58,8 @@ def test_importance_is_found_by_group_or_by_name() -> None:
 
 
 def test_digest_sees_every_part_and_no_order() -> None:
-    one, two = Moment(np.ones(3, np.float32), 1), Moment(np.ones(3, np.float32), 2)
+    one, two = Moments(np.ones(3, np.float32), 1), Moments(np.ones(3, np.float32), 2)
     base = Statistics({"a": one, "b": two}).digest()
     assert base == Statistics({"b": two, "a": one}).digest()
-    others = [{"a": two, "b": one}, {"a": one}, {"a": one, "c": two}, {"a": one, "b": Moment(np.zeros(3, "f4"), 2)}]
+    others = [{"a": two, "b": one}, {"a": one}, {"a": one, "c": two}, {"a": one, "b": Moments(np.zeros(3, "f4"), 2)}]
     assert base not in {Statistics(moments).digest() for moments in others}

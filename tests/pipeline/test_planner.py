@@ -68,7 +68,7 @@ def test_overrides_lie_over_a_preset_and_rules_over_both(model: Model) -> None:
         ("llama", {"rules": (Rule(pattern="blocks.9.*", grid="f16"),)}, r"rule 0 .*blocks\.9.* matches no Linear"),
         ("llama", {"rules": (Rule(role="router", grid="f16"),)}, "router.*matches no Linear"),
         ("llama-tied", {"head": "f16"}, "tied to the embedding: use --embedding"),
-        ("llama", {"grid": "q4_l"}, "unknown grid 'q4_l'; did you mean q4_"),
+        ("llama", {"grid": "q4_l"}, "unknown grid 'q4_l'; did you mean iq4_nl or q4_"),
         ("llama", {"preset": "Q4_K_N"}, "'Q4_K_N'.*Q4_K_M"),
         ("llama", {"grid": "f16", "algorithm": "gpqt"}, "unknown algorithm 'gpqt'"),
         ("llama", {"rules": (Rule(role="head", algorithm="rnt"),)}, "'rnt'; did you mean rtn"),

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pytest
 import safetensors.numpy
 
+from anyquant.calibrate.stats import Moments
 from anyquant.core.checkpoint import read_view
 from anyquant.core.dtypes import Float32
 from anyquant.core.errors import AnyQuantError, BadInputError
@@ -37,6 +38,10 @@ PLAIN = Unweighted()
 
 class Importance:
     """An importance that differs by channel, so that a block with another's channels would show."""
+
+    def moment(self, linear: Linear) -> Moments | None:
+        found = self.importance(linear)
+        return None if found is None else Moments(found, 1)
 
     def importance(self, linear: Linear) -> Values | None:
         return np.linspace(0.1, 4.0, linear.view.columns, dtype=np.float32)

@@ -8,6 +8,7 @@ import numpy.typing as npt
 import pytest
 import safetensors.numpy
 
+from anyquant.calibrate.stats import Moments
 from anyquant.core.errors import AnyQuantError
 from anyquant.core.linear import Linear
 from anyquant.core.progress import Silent
@@ -23,6 +24,10 @@ UP, DOWN = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.we
 
 class ByBlock:
     """An importance that differs between the blocks."""
+
+    def moment(self, linear: Linear) -> Moments | None:
+        found = self.importance(linear)
+        return None if found is None else Moments(found, 1)
 
     def importance(self, linear: Linear) -> Values | None:
         return np.linspace(0.1, 1.0 + (linear.block or 0), linear.view.columns, dtype=np.float32)

@@ -3,6 +3,8 @@
 from anyquant.algorithms.base import Algorithm
 from anyquant.core.registry import Registry
 
+BUILTIN = ("rtn", "hqq", "gptq", "autoround", "codebook", "sparsegpt", "wanda", "magnitude", "lorc", "eora")
+
 ALGORITHMS: Registry[Algorithm] = Registry(
-    "algorithm", {"rtn": "anyquant.algorithms.rtn:ALGORITHM"}, "anyquant.algorithms"
+    "algorithm", {name: f"anyquant.algorithms.{name}:ALGORITHM" for name in BUILTIN}, "anyquant.algorithms"
 )

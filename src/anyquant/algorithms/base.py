@@ -1,42 +1,99 @@
-"""What an algorithm is: a pure function that chooses, for each weight, a value of the grid."""
+"""What an algorithm is: a pure function that chooses, for each weight, a value of the grid.
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+Three kinds besides it: a pruner chooses which weights stay, a corrector adds something to what was quantized, a tuner
+works on the matrices of a whole block at once. A chain such as "wanda -> gptq -> eora" has at most one of each kind.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
+from anyquant.calibrate.stats import Moments
 from anyquant.core.dtypes import Float32
 from anyquant.core.errors import UsageError
 from anyquant.core.grid import Grid, Params
+from anyquant.core.plan import EMPTY
 from anyquant.core.qtensor import QTensor
 from anyquant.core.registry import suggest
 
 
-class Quantize(Protocol):
-    """The function of an algorithm. It sees a grid only through the grid's functions."""
+@dataclass(frozen=True)
+class Task:
+    """One matrix, or a slice of its rows, and where it shall go.
 
-    def __call__(
-        self,
-        weights: Float32,
-        grid: Grid,
-        importance: Float32 | None,
-        options: Mapping[str, Any],
-        shared: Params | None = None,
-    ) -> QTensor:
-        """`weights` (rows, in) float32, finite; `importance` (in,) mean squared activation per channel, or None.
+    `weights` (rows, in) float32, finite. `stats` are the statistics of its input, None where there are none. `options`
+    are those of the algorithm. `shared` are the grid's tensor-wide parameters (`Grid.prepare`). `keep` (rows, in) bool
+    says which weights may differ from zero, None: all. `place` names the matrix in error messages.
+    """
 
-        `shared` are the grid's tensor-wide parameters from `grid.prepare`. Raises UsageError for an unknown option.
-        """
+    weights: Float32
+    grid: Grid
+    stats: Moments | None = None
+    options: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
+    shared: Params | None = None
+    keep: npt.NDArray[np.bool_] | None = None
+    place: str = "the matrix"
+
+    @property
+    def importance(self) -> Float32 | None:
+        """(in,) mean squared activation of each input channel, or None."""
+        return None if self.stats is None else self.stats.second_moment
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weights.shape[0], self.weights.shape[1]
+
+
+class TunedBlock(Protocol):
+    """A block of the model while a tuner works on it: what enters it, what should leave it, and its module.
+
+    `module` is the torch module with float weights. `matrices` are the tasks by Linear name. Batches are numbered.
+    """
+
+    @property
+    def module(self) -> Any: ...
+
+    @property
+    def matrices(self) -> Mapping[str, Task]: ...
+
+    @property
+    def batches(self) -> int: ...
+
+    def call(self, batch: int, weights: Mapping[str, Any]) -> Any:
+        """Output states of the block, a torch tensor (documents, length, hidden), when the Linears named in `weights`
+        have these weights (out, in), torch tensors that gradients flow to. Inputs come through the quantized blocks."""
+        ...
+
+    def target(self, batch: int) -> Any:
+        """The output states that the float model has there."""
         ...
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """`needs` names the statistics it uses when they are there ("second_moment"); `options` are its defaults."""
+    """`needs` names the statistics it must have ("second_moment", "hessian", "cross", "absolute_maximum", "mean"),
+    `uses` those it takes where there are any. `options` are its defaults, whose types are binding.
+
+    Exactly one of the functions is set. `quantize` makes a QTensor; where `rows_apart`, quantizing a slice of rows
+    gives the slice of the result and no statistics beyond the second moment are needed, so that rows may be handled one
+    block at a time. `prune` returns `keep` (rows, in); `correct` returns the QTensor with a further correction (the
+    task has the original weights); `tune` quantizes all matrices of a block. `finisher` is the quantizing algorithm
+    that a pruner is followed by unless another one is named.
+    """
 
     name: str
-    needs: frozenset[str]
-    options: Mapping[str, Any]
-    quantize: Quantize
+    needs: frozenset[str] = frozenset()
+    uses: frozenset[str] = frozenset()
+    options: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
+    rows_apart: bool = False
+    quantize: Callable[[Task], QTensor] | None = None
+    prune: Callable[[Task], npt.NDArray[np.bool_]] | None = None
+    correct: Callable[[Task, QTensor], QTensor] | None = None
+    tune: Callable[[TunedBlock, Callable[[str, float], None]], Mapping[str, QTensor]] | None = None
+    finisher: str = "rtn"
 
 
 def complete_options(algorithm: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

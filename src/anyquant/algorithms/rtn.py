@@ -3,34 +3,31 @@
 At four bits and above this is nearly all there is to gain; below, error feedback and tuning start to pay.
 """
 
-from collections.abc import Mapping
-from typing import Any
+import numpy as np
 
-from anyquant.algorithms.base import Algorithm, complete_options
-from anyquant.core.dtypes import Float32
-from anyquant.core.grid import Grid, Params
-from anyquant.core.plan import EMPTY
+from anyquant.algorithms.base import Algorithm, Task, complete_options
+from anyquant.core.corrections import Mask
 from anyquant.core.qtensor import QTensor
 
-NEEDS = frozenset({"second_moment"})
+DEFAULTS = {"search": True}
 
 
-def quantize(
-    weights: Float32,
-    grid: Grid,
-    importance: Float32 | None,
-    options: Mapping[str, Any],
-    shared: Params | None = None,
-) -> QTensor:
-    """`weights` (rows, in) on `grid`. Rows are independent, so slices of rows may be quantized on their own.
+def quantize(task: Task) -> QTensor:
+    """Rows are independent, so slices of rows may be quantized on their own.
 
-    Raises UsageError for any option (there is none), UnsupportedError when the shape cannot lie on the grid.
+    Option `search`: find the scales that lose least; without it they just cover the range of the weights. Raises
+    UsageError for another option, UnsupportedError when the shape cannot lie on the grid.
     """
-    complete_options("rtn", options, EMPTY)
-    rows, columns = weights.shape
-    grid.bits((rows, columns))
-    params, codes = grid.quantize(weights, importance, shared)
-    return QTensor(grid, (rows, columns), codes, params)
+    options = complete_options("rtn", task.options, DEFAULTS)
+    task.grid.bits(task.shape)
+    weights = task.weights if task.keep is None else np.where(task.keep, task.weights, np.float32(0))
+    if options["search"]:
+        params, codes = task.grid.quantize(weights, task.importance, task.shared)
+    else:
+        params = task.grid.plain(weights, task.shared)
+        codes = task.grid.encode(weights, params)
+    corrections = () if task.keep is None else (Mask(task.keep),)
+    return QTensor(task.grid, task.shape, codes, params, corrections=corrections)
 
 
-ALGORITHM = Algorithm("rtn", NEEDS, EMPTY, quantize)
+ALGORITHM = Algorithm("rtn", uses=frozenset({"second_moment"}), options=DEFAULTS, rows_apart=True, quantize=quantize)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from anyquant.calibrate.stats import Moment, Statistics
+from anyquant.calibrate.stats import Moments, Statistics
 from anyquant.core.checkpoint import read_tensor
 from anyquant.core.dtypes import Float32
 from anyquant.core.errors import BadInputError, OutputError, UsageError
@@ -77,7 +77,7 @@ def write_imatrix(
     if not source.datasets:
         raise UsageError("an importance matrix must name the text that it comes from")
     left_out: list[str] = []
-    rows: dict[str, dict[int, Moment]] = {}
+    rows: dict[str, dict[int, Moments]] = {}
     for linear in linears:
         moment = statistics.moment(linear)
         tensor = tensors.get(linear.name)
@@ -101,7 +101,7 @@ def write_imatrix(
     return tuple(left_out)
 
 
-def _write(path: Path, rows: Mapping[str, Mapping[int, Moment]], source: Source) -> None:
+def _write(path: Path, rows: Mapping[str, Mapping[int, Moments]], source: Source) -> None:
     gguf = require("gguf")
     writer = gguf.GGUFWriter(path, "")
     # an importance matrix is of no architecture; llama.cpp's own files do not have the key
@@ -164,7 +164,7 @@ def _entries(file: GGUFFile) -> dict[str, tuple[Float32, Float32]]:
     return entries
 
 
-def _moment(place: str, linear: Linear, sums: Float32, counts: Float32) -> Moment:
+def _moment(place: str, linear: Linear, sums: Float32, counts: Float32) -> Moments:
     columns = linear.shape[1]
     matrices = sums.size // columns
     # files of before the counts per expert hold one count for all
@@ -179,9 +179,9 @@ def _moment(place: str, linear: Linear, sums: Float32, counts: Float32) -> Momen
         raise BadInputError(f"{place}: holds {matrices} experts, {linear.name} is number {row}")
     count = int(np.rint(counts[row if counts.size > 1 else 0]))
     if not count:
-        return Moment(np.ones(columns, dtype=np.float32), 0)
+        return Moments(np.ones(columns, dtype=np.float32), 0)
     values = sums[row * columns : (row + 1) * columns].astype(np.float64) / count
-    return Moment(values.astype(np.float32), count)
+    return Moments(values.astype(np.float32), count)
 
 
 def _source(file: GGUFFile) -> Source:

@@ -1,8 +1,9 @@
 """Running statistics of activations, and the frozen result that algorithms are handed."""
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -11,15 +12,33 @@ from anyquant.core.dtypes import Float32
 from anyquant.core.errors import BadInputError, UsageError
 from anyquant.core.linear import Linear, Role
 
+T = TypeVar("T")
 SLICE = 256  # tokens converted to float64 at once
 
 
 @dataclass(frozen=True)
-class Moment:
-    """`second_moment` (in,) float32 is the mean of x^2 per input channel over `count` tokens; 1 where count is 0."""
+class Moments:
+    """What is known of the vectors x (in,) that enter a matrix, over `count` tokens; all arrays float32.
+
+    `second_moment` (in,): mean x^2; 1 where count is 0. The others are None unless an algorithm needs them:
+    `absolute_maximum` (in,): max |x|. `mean` (in,). `hessian` (in, in): mean of x x^T, the Hessian of half the mean
+    squared output error. `cross` (in, in): mean of f x^T, where f is what would enter had nothing been quantized.
+    """
 
     second_moment: Float32
     count: int
+    absolute_maximum: Float32 | None = None
+    mean: Float32 | None = None
+    hessian: Float32 | None = None
+    cross: Float32 | None = None
+    _memo: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """`compute()`, remembered under `key`: matrices with one input share what is derived from it (a Cholesky)."""
+        if key not in self._memo:
+            self._memo[key] = compute()
+        found: T = self._memo[key]
+        return found
 
 
 class SecondMoments:
@@ -43,11 +62,11 @@ class SecondMoments:
                 "the model's weights are damaged, or it does not run in float32"
             )
 
-    def result(self) -> Moment:
+    def result(self) -> Moments:
         """The mean so far. Raises UsageError when no token has been seen."""
         if not self.count:
             raise UsageError(f"{self.place}: no tokens to calibrate with; give a longer text")
-        return Moment((self.sums / self.count).astype(np.float32), self.count)
+        return Moments((self.sums / self.count).astype(np.float32), self.count)
 
 
 @dataclass(frozen=True)
@@ -57,10 +76,10 @@ class Statistics:
     `missing` names the Linears that such a file says nothing about; they are rounded without importance.
     """
 
-    moments: Mapping[str, Moment]
+    moments: Mapping[str, Moments]
     missing: tuple[str, ...] = ()
 
-    def moment(self, linear: Linear) -> Moment | None:
+    def moment(self, linear: Linear) -> Moments | None:
         """What is known about the input of `linear`.
 
         None for an embedding that is only looked up, as its rows meet no activation, and for a `missing` Linear.

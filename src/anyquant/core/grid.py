@@ -33,8 +33,9 @@ class Parameter:
     """One stored parameter of a grid.
 
     `dtype` is the numpy type of the array in memory (float16 d, uint8 holding a 6-bit scale ...), `bits` what one
-    value costs in the artifact, `columns` how many weights of a row share one value (0: the whole row or tensor).
-    Its array has shape (rows, in // columns) for BLOCK, (rows, 1) for ROW, (1, 1) for TENSOR.
+    value costs in the artifact. A BLOCK parameter is shared by `rows` x `columns` weights, where the last block of a
+    matrix may be smaller. A ROW or TENSOR parameter has `values` values (a codebook), else one. Its array has shape
+    (ceil(out / rows), ceil(in / columns)) for BLOCK, (out, values) for ROW, (1, values) for TENSOR.
     """
 
     name: str
@@ -42,6 +43,40 @@ class Parameter:
     bits: int
     scope: Scope
     columns: int = 0
+    rows: int = 1
+    values: int = 1
+
+    def shape(self, matrix: tuple[int, int]) -> tuple[int, int]:
+        """Shape of its array for a matrix of shape (out, in)."""
+        if self.scope is Scope.TENSOR:
+            return 1, self.values
+        if self.scope is Scope.ROW:
+            return matrix[0], self.values
+        return -(-matrix[0] // self.rows), -(-matrix[1] // self.columns)
+
+    def slice(self, first: int, rows: int) -> slice:
+        """Rows of its array that belong to the rows [first, first + rows) of the matrix."""
+        if self.scope is Scope.TENSOR:
+            return slice(0, 1)
+        return slice(first // self.rows, -(-(first + rows) // self.rows))
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """The values that a scalar grid can take under frozen parameters.
+
+    Value of code `codes[i]` at (row, column): scale[row, column // width] * levels[i] + shift[row, column // width],
+    up to float rounding (`Grid.decode` alone says it exactly). `levels` (n,) ascending float32, or (rows, n) where each
+    row has its own; `codes` (n,) in the grid's code type; `scale` and `shift` float32 (rows, ceil(in / width)), scale
+    may be negative or 0. Of two codes with one value one is listed. `uniform`: the levels are consecutive integers.
+    """
+
+    levels: Float32
+    codes: Codes
+    scale: Float32
+    shift: Float32
+    width: int
+    uniform: bool
 
 
 @dataclass(frozen=True)
@@ -71,20 +106,28 @@ class Grid(ABC):
         reason = self.refuses(shape)
         if reason is not None:
             raise UnsupportedError(f"{self.name}: {reason}")
-        rows, columns = shape
-        total = rows * (columns // self.vector) * self.code_bits
+        total = shape[0] * (shape[1] // self.vector) * self.code_bits
         for parameter in self.parameters:
-            if parameter.scope is Scope.TENSOR:
-                total += parameter.bits
-            elif parameter.scope is Scope.ROW:
-                total += rows * parameter.bits
-            else:
-                total += rows * (columns // parameter.columns) * parameter.bits
+            high, wide = parameter.shape(shape)
+            total += high * wide * parameter.bits
         return total
 
     def prepare(self, absolute_maximum: float, tie_group: tuple[float, ...] = ()) -> Params:
         """Tensor-wide parameters from the largest |weight| of the tensor and of those that must share them."""
         return {}
+
+    @property
+    def tensor_wide(self) -> bool:
+        """Whether some parameter reaches over the whole tensor: then `shared` is needed to quantize rows apart."""
+        return any(parameter.scope is Scope.TENSOR for parameter in self.parameters)
+
+    def plain(self, weights: Float32, shared: Params | None = None) -> Params:
+        """Parameters that just cover the range of `weights`, without a search: what runtimes do with activations."""
+        return self.fit(weights, None, shared)
+
+    def lattice(self, params: Params) -> Lattice | None:
+        """The values that each weight can take under `params`; None for grids that are not scalar (`vector` > 1)."""
+        return None
 
     @abstractmethod
     def quantize(

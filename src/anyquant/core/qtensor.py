@@ -1,20 +1,14 @@
 """QTensor: codes + parameters + grid. `decode` is the only definition of its value."""
 
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from anyquant.core.corrections import Correction
 from anyquant.core.dtypes import Float32
 from anyquant.core.errors import AnyQuantError
-from anyquant.core.grid import Codes, Grid, Params, Scope
-
-
-class Correction(Protocol):
-    """Something added to or masked out of the decoded weights: a low-rank pair, a sparsity mask."""
-
-    def apply(self, weights: Float32) -> Float32: ...
+from anyquant.core.grid import Codes, Grid, Params
 
 
 @dataclass(frozen=True)
@@ -23,8 +17,10 @@ class QTensor:
 
     Invariants, checked on construction: codes have shape (rows, in // grid.vector) and the grid's code type, every
     parameter of the grid is present in its declared type and shape. `column_groups` (in,) int32 gives the group of
-    each column when columns were reordered (act-order, `g_idx`); None means groups are consecutive.
-    Value = corrections(decode(codes, params)).
+    each column when columns were reordered (act-order, `g_idx`); None means groups are consecutive. With it, codes are
+    in logical order, and column c takes the parameters of the grid's group `column_groups[c]`; only grids whose BLOCK
+    parameters all reach over the same number of columns of one row can be reordered, and every group has that many
+    columns. Value = corrections(decode(codes, params)).
     """
 
     grid: Grid
@@ -40,12 +36,7 @@ class QTensor:
         for parameter in self.grid.parameters:
             if parameter.name not in self.params:
                 raise AnyQuantError(f"QTensor on {self.grid.name}: parameter {parameter.name} is missing")
-            wanted = {
-                Scope.TENSOR: (1, 1),
-                Scope.ROW: (rows, 1),
-                Scope.BLOCK: (rows, columns // parameter.columns if parameter.columns else 1),
-            }[parameter.scope]
-            self._expect(parameter.name, self.params[parameter.name], wanted, parameter.dtype)
+            self._expect(parameter.name, self.params[parameter.name], parameter.shape(self.shape), parameter.dtype)
 
     def _expect(self, name: str, array: Codes, shape: tuple[int, int], dtype: str) -> None:
         if array.shape != shape or array.dtype != np.dtype(dtype):
@@ -55,7 +46,16 @@ class QTensor:
 
     def decode(self) -> Float32:
         """The weights, float32, shape (out, in)."""
-        weights = self.grid.decode(self.codes, self.params)
+        weights = self._decode()
         for correction in self.corrections:
             weights = correction.apply(weights)
+        return weights
+
+    def _decode(self) -> Float32:
+        if self.column_groups is None:
+            return self.grid.decode(self.codes, self.params)
+        # columns of one group side by side, in their logical order: then groups are consecutive
+        order = np.argsort(self.column_groups, kind="stable")
+        weights = np.empty(self.shape, dtype=np.float32)
+        weights[:, order] = self.grid.decode(np.ascontiguousarray(self.codes[:, order]), self.params)
         return weights

@@ -31,10 +31,39 @@ FAMILIES = (
     Family("anyquant.grids.legacy", r"q8_0|q[45]_[01]", ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1")),
     Family("anyquant.grids.kquant", r"q[2-6]_k", ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")),
     Family(
-        "anyquant.grids.integer",
-        r"int[2-8]-g(16|32|64|128|256)",
-        tuple(f"int{bits}-g{group}" for bits in range(2, 9) for group in (16, 32, 64, 128, 256)),
+        "anyquant.grids.iquant", r"iq4_nl|iq4_xs|iq3_s|iq3_xxs|iq2_s", ("iq4_nl", "iq4_xs", "iq3_s", "iq3_xxs", "iq2_s")
     ),
+    Family(
+        "anyquant.grids.integer",
+        r"int[2-8]-(g(16|32|64|128|256)|channel|tensor)(-asym)?",
+        tuple(
+            f"int{bits}-{reach}{asymmetric}"
+            for bits in range(2, 9)
+            for reach in ("g16", "g32", "g64", "g128", "g256", "channel", "tensor")
+            for asymmetric in ("", "-asym")
+        ),
+    ),
+    Family(
+        "anyquant.grids.fp8",
+        r"fp8_(e4m3|e5m2)-(tensor|channel|block)",
+        tuple(f"fp8_{kind}-{reach}" for kind in ("e4m3", "e5m2") for reach in ("tensor", "channel", "block")),
+    ),
+    Family(
+        "anyquant.grids.microscaling",
+        r"mxfp4|mxfp6_(e2m3|e3m2)|mxfp8_(e4m3|e5m2)|nvfp4",
+        ("mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2", "nvfp4"),
+    ),
+    Family(
+        "anyquant.grids.fourbit",
+        r"(nf4|fp4)-g(32|64|128|256)(-double)?",
+        tuple(
+            f"{kind}-g{group}{double}"
+            for kind in ("nf4", "fp4")
+            for group in (32, 64, 128, 256)
+            for double in ("", "-double")
+        ),
+    ),
+    Family("anyquant.grids.codebook", r"codebook[2-8]", tuple(f"codebook{bits}" for bits in range(2, 9))),
 )
 
 

@@ -8,7 +8,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from anyquant.algorithms import ALGORITHMS
+from anyquant.algorithms.base import Task
+from anyquant.calibrate.stats import Moments
 from anyquant.core.dtypes import Float32
+from anyquant.core.errors import AnyQuantError
 from anyquant.core.grid import Grid
 from anyquant.core.linear import Linear
 from anyquant.core.plan import Chunk, Layout, Unit
@@ -21,13 +24,20 @@ from anyquant.pipeline.planner import Job, writable
 
 
 class Importance(Protocol):
-    """Mean squared activation of each input channel of a Linear, or None where there is none."""
+    """What is known of the input of a Linear; None where nothing is."""
 
-    def importance(self, linear: Linear) -> Float32 | None: ...
+    def moment(self, linear: Linear) -> Moments | None: ...
+
+    def importance(self, linear: Linear) -> Float32 | None:
+        """Its mean squared activation of each channel."""
+        ...
 
 
 class Unweighted:
     """No calibration: every channel counts the same."""
+
+    def moment(self, linear: Linear) -> Moments | None:
+        return None
 
     def importance(self, linear: Linear) -> Float32 | None:
         return None
@@ -96,9 +106,11 @@ class _Files:
 def quantize_block(job: Job, block: Block, statistics: Importance) -> QTensor:
     """The quantized rows of a block. Raises BadInputError for weights that are not finite."""
     decision = job.plan.decisions[block.linear.name]
-    algorithm = ALGORITHMS.get(decision.algorithm)
-    importance = statistics.importance(block.linear)
-    return algorithm.quantize(read_block(job, block), find_grid(decision.grid), importance, decision.options)
+    quantize = ALGORITHMS.get(decision.algorithm).quantize
+    if quantize is None:
+        raise AnyQuantError(f"{block.linear.name}: {decision.algorithm} does not quantize rows apart")
+    moments = statistics.moment(block.linear)
+    return quantize(Task(read_block(job, block), find_grid(decision.grid), moments, decision.options))
 
 
 def _carry(job: Job, unit: Unit, files: _Files) -> dict[tuple[str, int], bytes]:

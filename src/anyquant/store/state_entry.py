@@ -87,9 +87,7 @@ def entry_tensors(
         (CODES, _stored_name(grid.code_dtype), (rows, columns // grid.vector))
     ]
     for parameter in grid.parameters:
-        wide = columns // parameter.columns if parameter.columns and parameter.scope is Scope.BLOCK else 1
-        high = 1 if parameter.scope is Scope.TENSOR else rows
-        tensors.append((parameter.name, _stored_name(parameter.dtype), (high, wide)))
+        tensors.append((parameter.name, _stored_name(parameter.dtype), parameter.shape(shape)))
     if reordered:
         tensors.append((COLUMN_GROUPS, "I32", (columns,)))
     return tensors
