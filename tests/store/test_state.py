@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from anyquant.core.corrections import LowRank, Mask
 from anyquant.core.errors import AnyQuantError, BadInputError, OutputError, UnsupportedError
 from anyquant.core.plan import Decision
 from anyquant.core.qtensor import QTensor
@@ -41,6 +42,22 @@ def test_round_trip(tmp_path: Path, cuts: tuple[int, ...], groups: list[int] | N
     assert same(entry.rows(1, 4), rows_of(whole, 1, 4))
     assert np.array_equal(entry.load().decode(), whole.decode())
     entry.verify()
+
+
+def test_corrections_are_kept_by_rows(tmp_path: Path) -> None:
+    random = np.random.default_rng(3)
+    mask = Mask(random.random((6, 16)) < 0.5)
+    pair = LowRank(*(random.standard_normal(size).astype(np.float16) for size in ((6, 2), (2, 16))))
+    whole = replace(matrix(), corrections=(mask, pair))
+    with StateWriter(tmp_path) as state:
+        with state.begin(KEY, TOY, whole.shape) as entry:
+            for start, stop in ((2, 6), (0, 2)):
+                cut = tuple(correction.rows(start, stop) for correction in whole.corrections)
+                entry.write(start, replace(rows_of(matrix(), start, stop), corrections=cut))
+        read = state.read(KEY, grids)
+    expected = np.where(mask.keep, matrix().decode(), 0) + pair.left.astype(np.float64) @ pair.right.astype(np.float64)
+    np.testing.assert_allclose(read.load().decode(), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(read.rows(1, 4).decode(), read.load().decode()[1:4])
 
 
 def test_the_library_reads_entries(tmp_path: Path) -> None:
@@ -81,15 +98,11 @@ def test_cuts_and_threads_do_not_change_the_bytes(tmp_path: Path) -> None:
 def test_what_does_not_belong_is_refused(tmp_path: Path) -> None:
     whole = matrix()
 
-    class Mask:
-        def apply(self, weights: np.ndarray) -> np.ndarray:
-            return weights
-
     other = {**whole.params, "overall": np.array([[0.5]], np.float32)}
     wrong = [
         (0, replace(matrix(columns=8)), AnyQuantError),
         (1, whole, AnyQuantError),
-        (0, replace(whole, corrections=(Mask(),)), UnsupportedError),
+        (0, replace(whole, corrections=(Mask(np.ones((6, 16), bool)),) * 2), AnyQuantError),
     ]
     with StateWriter(tmp_path) as state:
         for first, rows, error in wrong:

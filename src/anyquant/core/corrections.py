@@ -72,10 +72,31 @@ class LowRank:
         return {"left": self.left, "right_shared": self.right}
 
 
-def correction_bits(correction: str, rank: int, shape: tuple[int, int]) -> int:
-    """What a correction costs in bits for a matrix of shape (out, in); `rank` counts only for "low_rank"."""
-    rows, columns = shape
-    return rows * -(-columns // 8) * 8 if correction == "mask" else 16 * rank * (rows + columns)
+@dataclass(frozen=True)
+class CorrectionSpec:
+    """What a plan says of a correction: its `kind`, and the `rank` of a low-rank pair. `step` is what makes it."""
+
+    kind: str
+    rank: int = 0
+    step: str = ""
+
+    def arrays(self, matrix: tuple[int, int]) -> dict[str, tuple[str, tuple[int, int]]]:
+        """Name to (numpy type, shape) of the arrays of a matrix of shape (out, in). Raises AnyQuantError."""
+        rows, columns = matrix
+        if self.kind == "mask":
+            return {"mask": ("uint8", (rows, -(-columns // 8)))}
+        if self.kind == "low_rank":
+            return {"left": ("float16", (rows, self.rank)), "right_shared": ("float16", (self.rank, columns))}
+        raise AnyQuantError(f"unknown correction {self.kind!r}; known: low_rank, mask")
+
+    def bits(self, matrix: tuple[int, int]) -> int:
+        """What it costs when stored."""
+        return sum(8 * np.dtype(dtype).itemsize * high * wide for dtype, (high, wide) in self.arrays(matrix).values())
+
+
+def spec_of(correction: Correction) -> CorrectionSpec:
+    """The spec that a correction fits."""
+    return CorrectionSpec(correction.kind, correction.right.shape[0] if isinstance(correction, LowRank) else 0)
 
 
 def make_correction(kind: str, arrays: Mapping[str, npt.NDArray[Any]], columns: int) -> Correction:

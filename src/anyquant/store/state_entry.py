@@ -1,7 +1,8 @@
 """One entry of the quantized state: the codes and parameters of one Linear, in one safetensors file.
 
-It holds `codes` (rows, in // vector), each parameter under its own name, and `column_groups` where columns were
-reordered. Its metadata name the grid, the shape, the key and the sha256 of the data.
+It holds `codes` (rows, in // vector), each parameter under its own name, `column_groups` where columns were reordered,
+and the arrays of the corrections. Its metadata name the grid, the shape, the corrections, the key and the sha256 of the
+data.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from anyquant.core.corrections import Correction, CorrectionSpec, make_correction, spec_of
 from anyquant.core.dtypes import DTYPES
 from anyquant.core.errors import AnyQuantError, BadInputError, UnsupportedError
 from anyquant.core.grid import Grid, Scope
@@ -34,11 +36,13 @@ from anyquant.store.system import SYSTEM, System, close_quietly, pread_fully, pw
 SCHEMA = 1
 CODES = "codes"
 COLUMN_GROUPS = "column_groups"
+SHARED = "_shared"  # ends the names of arrays that belong to all rows
 PARTIAL = ".partial"
 _FORMAT = "anyquant-state"
 _KEY = re.compile(r"[0-9a-f]{64}")
 _COUNTER = itertools.count()  # two Linears may be equal, and written at the same time
 _SHAPE = re.compile(r"([1-9][0-9]{0,17}),([1-9][0-9]{0,17})")
+_CORRECTION = re.compile(r"([a-z_]{1,32}):([0-9]{1,9})")
 _NO_HASH = "0" * 64  # holds the place of the data's sha256 until the data is there
 _CHUNK = 4 * limits.MIB
 
@@ -76,7 +80,7 @@ def entry_key(source: str, decision: Any, statistics: str, code_version: str) ->
 
 
 def entry_tensors(
-    grid: Grid, shape: tuple[int, int], reordered: bool = False
+    grid: Grid, shape: tuple[int, int], reordered: bool = False, corrections: Sequence[CorrectionSpec] = ()
 ) -> list[tuple[str, str, tuple[int, ...]]]:
     """(name, safetensors dtype, shape) of everything an entry stores; `shape` is (out, in). Raises UnsupportedError."""
     reason = grid.refuses(shape)
@@ -90,23 +94,31 @@ def entry_tensors(
         tensors.append((parameter.name, _stored_name(parameter.dtype), parameter.shape(shape)))
     if reordered:
         tensors.append((COLUMN_GROUPS, "I32", (columns,)))
+    for correction in corrections:
+        for name, (dtype, size) in correction.arrays(shape).items():
+            tensors.append((name, _stored_name(dtype), size))
     return tensors
 
 
-def entry_header(grid: Grid, shape: tuple[int, int]) -> tuple[bytes, list[tuple[str, str, tuple[int, ...]]], list[int]]:
+def entry_header(
+    grid: Grid, shape: tuple[int, int], corrections: Sequence[CorrectionSpec] = ()
+) -> tuple[bytes, list[tuple[str, str, tuple[int, ...]]], list[int]]:
     """What planning needs of an entry before its key is known: header bytes (of final length), tensors, offsets."""
-    tensors = entry_tensors(grid, shape)
-    header, offsets = write_safetensors_header(tensors, _facts(_NO_HASH, grid, shape, _NO_HASH))
+    tensors = entry_tensors(grid, shape, corrections=corrections)
+    header, offsets = write_safetensors_header(tensors, _facts(_NO_HASH, grid, shape, corrections, _NO_HASH))
     return header, tensors, offsets
 
 
-def _facts(key: str, grid: Grid, shape: tuple[int, int], digest: str) -> dict[str, str]:
+def _facts(
+    key: str, grid: Grid, shape: tuple[int, int], corrections: Sequence[CorrectionSpec], digest: str
+) -> dict[str, str]:
     return {
         "format": _FORMAT,
         "schema": str(SCHEMA),
         "key": key,
         "grid": grid.name,
         "shape": f"{shape[0]},{shape[1]}",
+        "corrections": ",".join(f"{correction.kind}:{correction.rank}" for correction in corrections),
         "sha256": digest,
     }
 
@@ -132,6 +144,7 @@ class EntryWriter:
         self._descriptor: int | None = None
         self._offsets: dict[str, int] = {}
         self._tensors: list[tuple[str, str, tuple[int, ...]]] = []
+        self._corrections: tuple[CorrectionSpec, ...] = ()
 
     def __enter__(self) -> "EntryWriter":
         return self
@@ -154,20 +167,20 @@ class EntryWriter:
             raise AnyQuantError(
                 f"state entry {self.key[:12]}: rows {rows.shape} on {rows.grid.name} do not belong here"
             )
-        if rows.corrections:
-            raise UnsupportedError(f"{self.grid.name}: corrections of a QTensor cannot be stored yet")
         with self._guard:
             descriptor = self._begin(rows)
             self._written.append((first_row, first_row + count))
-        arrays = {CODES: rows.codes} | {
-            parameter.name: rows.params[parameter.name]
+        pieces = [(CODES, rows.codes, first_row)]
+        pieces += [
+            (parameter.name, rows.params[parameter.name], parameter.slice(first_row, count).start)
             for parameter in self.grid.parameters
             if parameter.scope is not Scope.TENSOR
-        }
+        ]
+        pieces += [(name, array, first_row) for name, array in _arrays(rows).items() if not name.endswith(SHARED)]
         with writing(self._path):
-            for name, array in arrays.items():
+            for name, array, first in pieces:
                 data = np.ascontiguousarray(array)
-                place = self._offsets[name] + first_row * (data.nbytes // count if count else 0)
+                place = self._offsets[name] + first * math.prod(data.shape[1:]) * data.itemsize
                 pwrite_fully(self._system, descriptor, data, place)
 
     def finish(self) -> None:
@@ -209,12 +222,15 @@ class EntryWriter:
         shared = {p.name: rows.params[p.name] for p in self.grid.parameters if p.scope is Scope.TENSOR}
         if rows.column_groups is not None:
             shared[COLUMN_GROUPS] = rows.column_groups
+        shared |= {name: array for name, array in _arrays(rows).items() if name.endswith(SHARED)}
+        corrections = tuple(spec_of(correction) for correction in rows.corrections)
         if self._descriptor is not None:
-            same = shared.keys() == self._shared.keys()
+            same = shared.keys() == self._shared.keys() and corrections == self._corrections
             if not same or not all(np.array_equal(shared[name], self._shared[name]) for name in shared):
                 raise AnyQuantError(f"state entry {self.key[:12]}: blocks of rows disagree about a tensor-wide value")
             return self._descriptor
-        self._tensors = entry_tensors(self.grid, self.shape, COLUMN_GROUPS in shared)
+        self._corrections = corrections
+        self._tensors = entry_tensors(self.grid, self.shape, COLUMN_GROUPS in shared, corrections)
         header, offsets = write_safetensors_header(self._tensors, self._metadata(_NO_HASH))
         self._offsets = {name: offset for (name, _, _), offset in zip(self._tensors, offsets, strict=True)}
         payload = sum(DTYPES[dtype].size * math.prod(shape) for _, dtype, shape in self._tensors)
@@ -229,7 +245,7 @@ class EntryWriter:
         return self._descriptor
 
     def _metadata(self, digest: str) -> dict[str, str]:
-        return _facts(self.key, self.grid, self.shape, digest)
+        return _facts(self.key, self.grid, self.shape, self._corrections, digest)
 
 
 class EntryReader:
@@ -248,25 +264,32 @@ class EntryReader:
         self._digest = facts.get("sha256", "")
         try:
             self.grid = grids(facts.get("grid", ""))
-            wanted = entry_tensors(self.grid, self.shape, COLUMN_GROUPS in self._entries)
+            self._corrections = _corrections(facts.get("corrections", "?"), str(self.file.path))
+            wanted = entry_tensors(self.grid, self.shape, COLUMN_GROUPS in self._entries, self._corrections)
         except AnyQuantError as error:  # an unknown grid, a shape that does not lie on it
             raise BadInputError(f"{self.file.path}: {error}") from None
         if {(entry.name, entry.dtype, entry.shape) for entry in entries} != set(wanted):
             raise BadInputError(f"{self.file.path}: its tensors are not those of {self.grid.name} {self.shape}")
 
     def rows(self, start: int, stop: int) -> QTensor:
-        """Rows [start, stop) as a QTensor of that many rows. Raises BadInputError."""
-        params = {
-            parameter.name: self._read(parameter.name, parameter.dtype, start, stop)
-            if parameter.scope is not Scope.TENSOR
-            else self._read(parameter.name, parameter.dtype, 0, 1)
-            for parameter in self.grid.parameters
-        }
+        """Rows [start, stop) as a QTensor; `start` begins a block of the grid. Raises BadInputError."""
+        params = {}
+        for parameter in self.grid.parameters:
+            owners = parameter.slice(start, stop - start)
+            params[parameter.name] = self._read(parameter.name, parameter.dtype, owners.start, owners.stop)
         groups = None
         if COLUMN_GROUPS in self._entries:
             groups = self._read(COLUMN_GROUPS, "int32", 0, 1).reshape(-1)
         codes = self._read(CODES, self.grid.code_dtype, start, stop)
-        return QTensor(self.grid, (stop - start, self.shape[1]), codes, params, groups)
+        corrections = tuple(self._correction(spec, start, stop) for spec in self._corrections)
+        return QTensor(self.grid, (stop - start, self.shape[1]), codes, params, groups, corrections)
+
+    def _correction(self, spec: CorrectionSpec, start: int, stop: int) -> Correction:
+        arrays = {
+            name: self._read(name, dtype, *((0, size[0]) if name.endswith(SHARED) else (start, stop)))
+            for name, (dtype, size) in spec.arrays(self.shape).items()
+        }
+        return make_correction(spec.kind, arrays, self.shape[1])
 
     def load(self) -> QTensor:
         """The whole matrix."""
@@ -290,6 +313,24 @@ class EntryReader:
         place = entry.offset + start * width * array.itemsize
         self.file.read_into(place, array.reshape(-1).view(np.uint8).data, f"{name} of rows {start} to {stop}")
         return array
+
+
+def _arrays(rows: QTensor) -> dict[str, npt.NDArray[Any]]:
+    """All arrays of all corrections. Raises AnyQuantError when there are two of one kind."""
+    found = {name: array for correction in rows.corrections for name, array in correction.arrays().items()}
+    if len({correction.kind for correction in rows.corrections}) != len(rows.corrections):
+        raise AnyQuantError("a QTensor with two corrections of one kind cannot be stored")
+    return found
+
+
+def _corrections(text: str, where: str) -> tuple[CorrectionSpec, ...]:
+    found = []
+    for item in filter(None, text.split(",")):
+        match = _CORRECTION.fullmatch(item)
+        if match is None:
+            raise BadInputError(f"{where}: {item[:40]!r} is not a correction")
+        found.append(CorrectionSpec(match[1], int(match[2])))
+    return tuple(found)
 
 
 def entry_path(folder: Path, key: str) -> Path:
