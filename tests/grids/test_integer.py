@@ -55,7 +55,7 @@ def test_compiled_search_equals_the_plain_one(name: str, important: bool) -> Non
     assert isinstance(made, integer.IntegerGrid)
     importance = np.random.default_rng(4).lognormal(0, 1, 768).astype(np.float32) if important else None
     fast = made.fit(weights, importance)["scale"]
-    slow = scales.slow_scales(weights, importance, made.levels, made.ladder())
+    slow = scales.slow_scales(weights, importance, made.search.levels(), made.search.ladder())
     assert np.mean(fast == slow) > 0.9
     fast_error, slow_error = (errors(name, weights, scale, importance).sum() for scale in (fast, slow))
     assert fast_error <= slow_error * 1.002

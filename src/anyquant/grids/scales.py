@@ -71,13 +71,19 @@ def find_pairs(weights: Float32, importance: Float32 | None, levels: Levels, tri
 
 
 def spread_out(values: Codes, group: int, columns: slice | None) -> Float32:
-    """A parameter (rows, in / group) as float32, repeated for each weight of `columns` (all: None)."""
-    single = values.astype(np.float32)
+    """A parameter (rows, in / group) as float32, repeated for each weight of `columns` (all: None).
+
+    Columns of one group alone get (rows, 1), which broadcasts: algorithms that go column by column ask for little else.
+    """
     if columns is None:
-        return np.repeat(single, group, axis=1)
+        return np.repeat(values.astype(np.float32), group, axis=1)
     start, stop, _ = columns.indices(values.shape[1] * group)
-    chosen: Float32 = single[:, np.arange(start, stop) // group]
-    return chosen
+    first = start // group
+    single = values[:, first : -(-stop // group)].astype(np.float32)
+    if single.shape[1] <= 1:
+        return single
+    whole: Float32 = np.repeat(single, group, axis=1)
+    return whole[:, start - first * group : stop - first * group]
 
 
 def error_weights(weights: Float32, importance: Float32 | None, spread: bool) -> Float32:
@@ -96,14 +102,21 @@ def _inputs(weights: Float32, importance: Float32 | None, levels: Levels) -> tup
     from anyquant.grids.kernels import symmetric
 
     whole = np.ascontiguousarray(weights, dtype=np.float32)
-    groups = weights.shape[1] // levels.group
-    steering = usable_importance(importance, weights.shape[1], levels.group).reshape(groups, levels.group)
-    # the kernel reads a lane per group, across the end of the row into the next one
-    around = np.arange(groups + symmetric.LANES) % groups
-    lanes = np.ascontiguousarray(steering.T[:, around])
     squares = np.empty(len(weights) if levels.spread and importance is not None else 0, dtype=np.float32)
     symmetric.mean_squares(whole, squares)
-    return whole.reshape(-1), lanes, squares
+    return whole.reshape(-1), lanes_of(importance, weights.shape[1], levels.group), squares
+
+
+def lanes_of(importance: Float32 | None, columns: int, group: int) -> Float32:
+    """Importance by position in the group, then group (group, groups of a row + lanes of the kernels).
+
+    The kernels read a lane per group, across the end of the row into the next one.
+    """
+    from anyquant.grids.kernels import symmetric
+
+    steering = usable_importance(importance, columns, group).reshape(-1, group)
+    around = np.arange(len(steering) + symmetric.LANES) % len(steering)
+    return np.ascontiguousarray(steering.T[:, around])
 
 
 def usable_importance(importance: Float32 | None, columns: int, group: int) -> Float32:
