@@ -72,16 +72,16 @@ def test_moments_equal_hooks_on_the_whole_model(tmp_path: Path, family: str, tie
 
 def test_at_most_one_block_has_weights(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[int]] = []
-    advance = streaming.StreamedModel.advance
+    apply = streaming.StreamedModel.apply
 
-    def spy(model: streaming.StreamedModel, index: int, block: Any, batch: streaming.Batch) -> None:
+    def spy(model: streaming.StreamedModel, index: int, block: Any, *others: Any) -> Any:
         layers = model.module.model.layers
         seen.append([i for i, layer in enumerate(layers) if any(not p.is_meta for p in layer.parameters())])
         outer = [model.module.model.embed_tokens.weight, model.module.lm_head.weight]
         assert all(weight.is_meta for weight in outer)
-        advance(model, index, block, batch)
+        return apply(model, index, block, *others)
 
-    monkeypatch.setattr(streaming.StreamedModel, "advance", spy)
+    monkeypatch.setattr(streaming.StreamedModel, "apply", spy)
     checkpoint = open_checkpoint(llama)
     collect(checkpoint, detect(checkpoint), DOCUMENTS)
     assert sorted(map(tuple, seen)) == [(0,)] * 4 + [(1,)] * 4  # four lengths, two blocks

@@ -1,26 +1,29 @@
 """Running statistics of activations, and the frozen result that algorithms are handed."""
 
 import hashlib
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from anyquant.core.dtypes import Float32
-from anyquant.core.errors import BadInputError, UsageError
+from anyquant.core.errors import AnyQuantError, BadInputError, UsageError
+from anyquant.core.extras import require
 from anyquant.core.linear import Linear, Role
 
 T = TypeVar("T")
+NEEDS = frozenset({"absolute_maximum", "mean", "second_moment", "hessian", "cross"})
 SLICE = 256  # tokens converted to float64 at once
+TILE = 1024  # rows of a matrix mirrored at once
 
 
 @dataclass(frozen=True)
 class Moments:
     """What is known of the vectors x (in,) that enter a matrix, over `count` tokens; all arrays float32.
 
-    `second_moment` (in,): mean x^2; 1 where count is 0. The others are None unless an algorithm needs them:
+    Count 0 marks an expert that no token was routed to: its statistics are assumed, not seen (1, or `average`).
+    `second_moment` (in,): mean x^2. The others are None unless an algorithm needs them:
     `absolute_maximum` (in,): max |x|. `mean` (in,). `hessian` (in, in): mean of x x^T, the Hessian of half the mean
     squared output error. `cross` (in, in): mean of f x^T, where f is what would enter had nothing been quantized.
     """
@@ -41,32 +44,114 @@ class Moments:
         return found
 
 
-class SecondMoments:
-    """The running sum of squares of one activation, in float64. `place` names the activation in error messages."""
+class Running:
+    """Running sums over the vectors x (in,) that enter a matrix, for the statistics named in `needs` (see Moments).
 
-    def __init__(self, columns: int, place: str) -> None:
+    The second moment is always summed, in float64; products of whole batches in float32, their sum too. `place` names
+    the activation in error messages. Memory: 4 in^2 bytes for each of "hessian" and "cross".
+    """
+
+    def __init__(self, columns: int, place: str, needs: frozenset[str] = frozenset()) -> None:
+        unknown = needs - NEEDS
+        if unknown:
+            raise AnyQuantError(f"{place}: unknown statistics {sorted(unknown)}; known: {sorted(NEEDS)}")
+        self._torch = require("torch")
         self.place = place
+        self.needs = needs
         self.count = 0
-        self.sums: npt.NDArray[np.float64] = np.zeros(columns)
+        self.squares = self._torch.zeros(columns, dtype=self._torch.float64)
+        self._largest, self._sums = (self._zeros(columns, need) for need in ("absolute_maximum", "mean"))
+        self._hessian, self._cross = (self._zeros((columns, columns), need) for need in ("hessian", "cross"))
+        if self._sums is not None:
+            self._sums = self._sums.double()
 
-    def add(self, activations: Float32) -> None:
-        """Account for `activations` (tokens, in). Raises BadInputError when one of them is not finite."""
+    def add(self, activations: Any, unquantized: Any = None) -> None:
+        """Account for `activations`, torch float32 (tokens, in).
+
+        `unquantized`, of the same shape, is what would enter had nothing been quantized: "cross" needs it. Raises
+        BadInputError when an activation is not finite.
+        """
         for start in range(0, len(activations), SLICE):
-            part = activations[start : start + SLICE].astype(np.float64)
-            self.sums += np.square(part, out=part).sum(axis=0)
+            part = activations[start : start + SLICE].double()
+            if self._sums is not None:
+                self._sums += part.sum(dim=0)
+            self.squares += part.square().sum(dim=0)
         self.count += len(activations)
-        if not np.isfinite(self.sums).all():
-            channel = int(np.flatnonzero(~np.isfinite(self.sums))[0])
+        finite = self._torch.isfinite(self.squares)
+        if not finite.all():
             raise BadInputError(
-                f"{self.place}: activation of channel {channel} is not finite; "
+                f"{self.place}: activation of channel {int((~finite).nonzero()[0])} is not finite; "
                 "the model's weights are damaged, or it does not run in float32"
             )
+        if self._largest is not None and len(activations):
+            self._torch.maximum(self._largest, activations.abs().amax(dim=0), out=self._largest)
+        if self._hessian is not None:
+            self._hessian.addmm_(activations.T, activations)
+        if self._cross is not None:
+            if unquantized is None or unquantized.shape != activations.shape:
+                raise AnyQuantError(f"{self.place}: cross statistics need the unquantized activations beside these")
+            self._cross.addmm_(unquantized.T, activations)
 
     def result(self) -> Moments:
-        """The mean so far. Raises UsageError when no token has been seen."""
+        """The means so far; the sums are given away with them. Raises UsageError when no token has been seen."""
         if not self.count:
             raise UsageError(f"{self.place}: no tokens to calibrate with; give a longer text")
-        return Moments((self.sums / self.count).astype(np.float32), self.count)
+        for product in (self._hessian, self._cross):
+            if product is not None and not self._torch.isfinite(product.div_(self.count).sum()):
+                raise BadInputError(f"{self.place}: activations are so large that their products leave float32")
+        if self._hessian is not None:
+            _symmetrise(self._hessian)
+        largest, mean, hessian, cross = (
+            None if array is None else array.float().numpy()
+            for array in (
+                self._largest,
+                None if self._sums is None else self._sums / self.count,
+                self._hessian,
+                self._cross,
+            )
+        )
+        self._hessian = self._cross = None
+        return Moments((self.squares / self.count).float().numpy(), self.count, largest, mean, hessian, cross)
+
+    def _zeros(self, shape: Any, need: str) -> Any:
+        return self._torch.zeros(shape) if need in self.needs else None
+
+
+def _symmetrise(matrix: Any) -> None:
+    """Copy the lower triangle of a square torch matrix over the upper one, tile by tile: products may round apart."""
+    for start in range(0, len(matrix), TILE):
+        stop = start + TILE
+        matrix[start:stop, stop:] = matrix[stop:, start:stop].T
+        corner = matrix[start:stop, start:stop]
+        corner.copy_(corner.tril() + corner.tril(-1).T)
+
+
+def average(moments: Sequence[Moments]) -> Moments:
+    """What is assumed of an input that no token reached: the mean over its `moments` of others, with count 0.
+
+    All have the same arrays. The absolute maximum is the largest of theirs.
+    """
+
+    def mean(arrays: Sequence[Float32 | None]) -> Float32 | None:
+        total: Float32 | None = None
+        for array in arrays:
+            if array is None:
+                return None
+            total = array.copy() if total is None else np.add(total, array, out=total)
+        return None if total is None else total / np.float32(len(arrays))
+
+    second = mean([moment.second_moment for moment in moments])
+    if second is None:
+        raise AnyQuantError("no moments to average")
+    ranges = [moment.absolute_maximum for moment in moments if moment.absolute_maximum is not None]
+    return Moments(
+        second,
+        0,
+        np.max(ranges, axis=0) if ranges else None,
+        mean([moment.mean for moment in moments]),
+        mean([moment.hessian for moment in moments]),
+        mean([moment.cross for moment in moments]),
+    )
 
 
 @dataclass(frozen=True)
@@ -110,4 +195,9 @@ class Statistics:
             values = np.ascontiguousarray(moment.second_moment, dtype="<f4")
             total.update(f"{len(name)}:{name}:{moment.count}:{values.size}:".encode())
             total.update(values.tobytes())
+            for need in ("absolute_maximum", "mean", "hessian", "cross"):
+                array = getattr(moment, need)
+                if array is not None:
+                    total.update(f"{need}:".encode())
+                    total.update(np.ascontiguousarray(array, dtype="<f4").data)
         return total.hexdigest()

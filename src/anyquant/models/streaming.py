@@ -5,6 +5,7 @@ prepares what every block is called with (rotary tables, masks). Blocks are inte
 list, so no model family needs a class here. Everything is float32; there is no cache of keys and values.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,20 +13,25 @@ from typing import Any
 
 import numpy as np
 
-from anyquant.core.checkpoint import Checkpoint, read_rows, read_tensor
+from anyquant.core.checkpoint import Checkpoint, read_rows, read_tensor, read_view
 from anyquant.core.dtypes import Float32
 from anyquant.core.errors import BadInputError, UnsupportedError, UsageError
 from anyquant.core.extras import require
+from anyquant.core.linear import Linear
 from anyquant.core.progress import Progress, Silent
 from anyquant.models.architecture import Architecture
+from anyquant.models.placement import find_places
 
-# model_type -> (config class, model class) of transformers whose parameter names are those of the checkpoint
+# model_type -> (config class, model class) of transformers
 FAMILIES: Mapping[str, tuple[str, str]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM"),
     "mistral": ("MistralConfig", "MistralForCausalLM"),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM"),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
     "phi3": ("Phi3Config", "Phi3ForCausalLM"),
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM"),
+    "qwen2_moe": ("Qwen2MoeConfig", "Qwen2MoeForCausalLM"),
+    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM"),
 }
 
 # the fields of config.json that shape the computation; nothing else of the file reaches transformers
@@ -34,7 +40,9 @@ FIELDS = (
     *("num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "mlp_bias", "tie_word_embeddings"),
     *("max_position_embeddings", "original_max_position_embeddings", "partial_rotary_factor"),
     *("rope_theta", "rope_scaling", "rope_parameters"),
-    *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
+    *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "qkv_bias"),
+    *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
+    *("shared_expert_intermediate_size", "decoder_sparse_step", "mlp_only_layers"),
 )
 
 BATCH_TOKENS = 2048  # tokens that go through a block at once: enough for full speed, little memory
@@ -64,6 +72,7 @@ def build_structure(config: Mapping[str, Any], location: str) -> Any:
         # no padding id: it may lie outside the vocabulary, and nothing is padded
         settings = getattr(transformers, config_class)(**fields, pad_token_id=None, use_cache=False)
         settings._attn_implementation = "sdpa"
+        settings._experts_implementation = "eager"  # one product per expert, as statistics need it
         with accelerate.init_empty_weights(include_buffers=False):
             return getattr(transformers, model_class)(settings).eval()
     except Exception as error:  # the config is foreign data, and transformers raises whatever it trips over
@@ -109,7 +118,8 @@ class StreamedModel:
     """A checkpoint run block by block: `embed`, then each `block` in order, then `head_input` or `logits`.
 
     Memory: the float32 weights of one block (or of the head), the norms, and the hidden states of all batches.
-    `module` is the `transformers` model. `config` replaces the checkpoint's own where its files hold none.
+    `module` is the `transformers` model, `places` tells where in its parameters the Linears of the blocks lie (by
+    name). `config` replaces the checkpoint's own where its files hold none.
     Raises BadInputError when a parameter of the model is missing from the checkpoint or has another shape.
     """
 
@@ -131,7 +141,9 @@ class StreamedModel:
         self._embedding = self._name_of(self.module.get_input_embeddings())
         self._head = self._name_of(self.module.get_output_embeddings())
         self._hollow = dict(self.module.named_parameters(remove_duplicate=False))
-        self._sources = self._bind()
+        shapes = {name: tuple(parameter.shape) for name, parameter in self._hollow.items()}
+        self.places = find_places(architecture, shapes, checkpoint.location)
+        self._sources = self._bind(shapes)
         self.module.get_input_embeddings().padding_idx = None
         self._fill([name for name in self._hollow if self._is_resident(name)])
 
@@ -153,21 +165,22 @@ class StreamedModel:
 
         Only the embedding rows of the tokens that occur are read. Raises UsageError for ids outside the vocabulary.
         """
+        return list(self.embed_each(documents))
+
+    def embed_each(self, documents: Sequence[Sequence[int]]) -> Iterator[Batch]:
+        """As `embed`, one batch at a time, so that the caller may move its states elsewhere."""
         calls: dict[tuple[int, ...], Sequence[Any]] = {}
-        batches = []
         for group in group_documents(documents, self.batch_tokens):
             ids = np.array([documents[index] for index in group], dtype=np.int64)
             batch = self._embed_batch(group, ids)
             # the arguments depend on the shape alone: one copy serves all batches of that shape
             batch.calls = calls.setdefault(ids.shape, batch.calls)
-            batches.append(batch)
-        return batches
+            yield batch
 
     @contextmanager
     def block(self, index: int) -> Iterator[Any]:
         """Block `index` with its weights, for the time of the `with` statement; then they are freed."""
-        prefix = f"{self.architecture.block_path}.{index}."
-        names = [name for name in self._hollow if name.startswith(prefix)]
+        names = list(self.parameters(index).values())
         try:
             self._fill(names)
             yield self._layers[index]
@@ -176,10 +189,32 @@ class StreamedModel:
 
     def advance(self, index: int, block: Any, batch: Batch) -> None:
         """Replace the states of `batch` by what `block`, given by `with model.block(index)`, makes of them."""
-        arguments, keywords = batch.calls[index]
         with self._torch.no_grad():
-            output = block(batch.states, *arguments, **keywords)
-        batch.states = output[0] if isinstance(output, tuple) else output
+            batch.states = self.apply(index, block, batch, batch.states)
+
+    def apply(self, index: int, block: Any, batch: Batch, states: Any, weights: Mapping[str, Any] | None = None) -> Any:
+        """What `block` makes of `states`, which stand in the place of the batch's own.
+
+        `weights` replaces parameters by their names below the block; gradients flow to them where they are enabled.
+        """
+        arguments, keywords = batch.calls[index]
+        output = self._torch.func.functional_call(block, dict(weights or {}), (states, *arguments), dict(keywords))
+        return output[0] if isinstance(output, tuple) else output
+
+    def parameters(self, index: int) -> dict[str, str]:
+        """Names of the parameters of block `index`: below the block -> in the model."""
+        prefix = f"{self.architecture.block_path}.{index}."
+        return {name.removeprefix(prefix): name for name in self._hollow if name.startswith(prefix)}
+
+    def read(self, name: str) -> Float32:
+        """The source's values of a parameter of the model, float32 in its shape."""
+        source = self._sources[name]
+        if isinstance(source, str):
+            return read_tensor(self.checkpoint, source)
+        values = np.empty(tuple(self._hollow[name].shape), dtype=np.float32)
+        for linear in source:
+            self.places[linear.name].of(values)[...] = read_view(self.checkpoint, linear.view, 0, linear.shape[0])
+        return values
 
     def run_blocks(self, batches: Sequence[Batch], progress: Progress | None = None) -> None:
         """All batches through all blocks; `progress` advances by tokens; each block is its share."""
@@ -222,7 +257,7 @@ class StreamedModel:
 
     def _embed_batch(self, group: tuple[int, ...], ids: np.ndarray[Any, np.dtype[np.int64]]) -> Batch:
         used, local = np.unique(ids, return_inverse=True)
-        rows = self.checkpoint.spec(self._sources[self._embedding]).rows
+        rows = self.checkpoint.spec(self._embedding).rows
         if used[0] < 0 or used[-1] >= rows:
             wrong = int(used[0] if used[0] < 0 else used[-1])
             raise UsageError(
@@ -246,7 +281,7 @@ class StreamedModel:
         return Batch(group, entering[0], calls)
 
     def _embedding_rows(self, used: np.ndarray[Any, np.dtype[np.int64]]) -> Float32:
-        source = self._sources[self._embedding]
+        source = self._embedding
         starts = np.flatnonzero(np.diff(used, prepend=used[0] - 2) != 1)
         runs = zip(used[starts], used[np.append(starts[1:], len(used)) - 1], strict=True)
         return np.concatenate([read_rows(self.checkpoint, source, int(first), int(last) + 1) for first, last in runs])
@@ -276,22 +311,43 @@ class StreamedModel:
     def _name_of(self, module: Any) -> str:
         return next(f"{name}.weight" for name, found in self.module.named_modules() if found is module)
 
-    def _bind(self) -> dict[str, str]:
-        """Parameter of the model -> tensor of the checkpoint, all shapes checked."""
+    def _bind(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str | tuple[Linear, ...]]:
+        """Parameter of the model -> tensor of the checkpoint, or the Linears that fill it; all shapes checked."""
         known = set(self.checkpoint.names())
-        sources = {}
-        for name, parameter in self._hollow.items():
+        fillers: dict[str, list[Linear]] = {}
+        for name, place in self.places.items():
+            fillers.setdefault(place.parameter, []).append(self.architecture.by_name[name])
+        sources: dict[str, str | tuple[Linear, ...]] = {}
+        for name, shape in shapes.items():
             source = self._embedding if name == self._head and self.architecture.tied else name
-            if source not in known:
-                raise BadInputError(f"{self.checkpoint.location}: tensor {source} is missing, the model needs it")
-            shape = self.checkpoint.spec(source).shape
-            if shape != tuple(parameter.shape):
-                raise BadInputError(
-                    f"{self.checkpoint.location}: tensor {source} has shape {shape}, "
-                    f"config.json asks for {tuple(parameter.shape)}"
-                )
-            sources[name] = source
+            if source in known or name not in fillers:
+                self._check_shape(source, shape, known)
+                sources[name] = source
+            else:
+                sources[name] = tuple(fillers[name])
+                self._check_fillers(name, fillers[name], shape, known)
         return sources
+
+    def _check_shape(self, source: str, shape: tuple[int, ...], known: set[str]) -> None:
+        if source not in known:
+            raise BadInputError(f"{self.checkpoint.location}: tensor {source} is missing, the model needs it")
+        stored = self.checkpoint.spec(source).shape
+        if stored != shape:
+            raise BadInputError(
+                f"{self.checkpoint.location}: tensor {source} has shape {stored}, config.json asks for {shape}"
+            )
+
+    def _check_fillers(self, name: str, linears: Sequence[Linear], shape: tuple[int, ...], known: set[str]) -> None:
+        """Refuse Linears that leave a part of the parameter open, or whose tensors are not there."""
+        for linear in linears:
+            if linear.view.tensor not in known:
+                raise BadInputError(
+                    f"{self.checkpoint.location}: tensor {linear.view.tensor} is missing, the model needs it"
+                )
+        if sum(linear.shape[0] * linear.shape[1] for linear in linears) != math.prod(shape):
+            raise BadInputError(
+                f"{self.checkpoint.location}: the tensors of {name} do not add up to {shape}, as config.json asks for"
+            )
 
     def _check_block_count(self, config: Mapping[str, Any]) -> None:
         """Refuse a config that claims more blocks than there are tensors, before anything is built from it."""
@@ -309,7 +365,7 @@ class StreamedModel:
 
     def _fill(self, names: Sequence[str]) -> None:
         for name in names:
-            self._assign(name, read_tensor(self.checkpoint, self._sources[name]))
+            self._assign(name, self.read(name))
 
     def _empty(self, names: Sequence[str]) -> None:
         for name in names:

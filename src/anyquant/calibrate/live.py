@@ -1,0 +1,215 @@
+"""One block of the model while it is being quantized: its weights, what enters it, what leaves it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from anyquant.calibrate.stats import Moments, Running, average
+from anyquant.calibrate.watch import Routing, first_of_groups, watching
+from anyquant.core.dtypes import Float32
+from anyquant.core.errors import AnyQuantError
+from anyquant.core.extras import require
+from anyquant.core.linear import Carried, Linear
+from anyquant.models.streaming import Batch, StreamedModel
+
+NOTHING: frozenset[str] = frozenset()
+
+
+class LiveBlock:
+    """Block `index` with its weights, float at first; `Chain.block` makes it.
+
+    `module` is its torch module, `linears` are its Linears, in order. `inputs` are the states that enter it through the
+    quantized blocks, `floats` those of the unquantized model, or None. `unrouted` are the Linears, experts, whose
+    statistics had to be assumed. `moved` is called with a number of tokens when they have passed the block.
+
+    The weights that the block began with are kept beside assigned ones where there are `floats`; else they are read
+    again when they are asked for.
+    """
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        index: int,
+        module: Any,
+        states: tuple[Sequence[Batch], Sequence[Any] | None],
+        moved: Callable[[int], None],
+    ) -> None:
+        self.index = index
+        self.module = module
+        self.linears = tuple(linear for linear in model.architecture.linears if linear.block == index)
+        self.unrouted: tuple[str, ...] = ()
+        self.advanced = False
+        self._model = model
+        self._torch = require("torch")
+        self._inputs, self._floats = states
+        self._moved = moved
+        self._short = {name: short for short, name in model.parameters(index).items()}
+        self._changed: set[str] = set()
+        self._kept: dict[str, Any] = {}
+
+    @property
+    def batches(self) -> int:
+        return len(self._inputs)
+
+    def weights(self, linear: Linear) -> Float32:
+        """The weights (out, in) that the Linear has now; a copy."""
+        place = self._model.places[linear.name]
+        values: Float32 = np.array(place.of(self._parameter(place.parameter)).numpy(), order="C")
+        return values
+
+    def assign(self, linear: Linear, values: Float32) -> None:
+        """Give the Linear other weights (out, in). Raises AnyQuantError when the shape is another."""
+        place = self._model.places[linear.name]
+        self._change(place.parameter, place.of, values, linear.name)
+
+    def assign_carried(self, carried: Carried, values: Float32) -> None:
+        """Give a norm or bias other values (length,). Raises AnyQuantError when the length is another."""
+        stop = carried.start + carried.length
+        self._change(carried.tensor, lambda tensor: tensor[carried.start : stop], values, carried.name)
+
+    def accept(self) -> None:
+        """The weights of now count as the float ones from here on: after a transform that preserves the function."""
+        for name in self._changed:
+            self._kept[name] = self._parameter(name).clone()
+
+    def observe(self, needs: frozenset[str], linears: Sequence[Linear] | None = None) -> dict[str, Moments]:
+        """Statistics of what enters `linears` (all of the block), by input group: one pass with the weights of now.
+
+        "cross" takes a second pass, of the unquantized states through the float weights; experts get there the tokens
+        that the quantized states route to them. Raises BadInputError for activations that are not finite.
+        """
+        return self._observe(needs, linears, keep=False)
+
+    def advance(self, needs: frozenset[str] | None = None) -> dict[str, Moments]:
+        """Push the states through the block with its weights of now, those of the float model through its float ones.
+
+        With `needs` it is `observe` too, in the same pass; "cross" cannot be had here.
+        """
+        if self.advanced:
+            raise AnyQuantError(f"block {self.index} has been advanced")
+        if needs is not None and "cross" in needs:
+            raise AnyQuantError("cross statistics are observed before the block is advanced")
+        moments = {} if needs is None else self._observe(needs, None, keep=True)
+        original = self._originals() if self._floats is not None else {}
+        for number, batch in enumerate(self._inputs):
+            if needs is None:
+                batch.states.copy_(self._run(number))
+            if self._floats is not None:
+                self._floats[number].copy_(self._run(number, self._floats[number], original))
+            if needs is None:
+                self._moved(batch.tokens)
+        self.advanced = True
+        return moments
+
+    def call(self, batch: int, weights: Mapping[str, Any]) -> Any:
+        """Output states (documents, length, hidden) when the Linears named in `weights` have these weights.
+
+        They are torch tensors (out, in), to which gradients flow.
+        """
+        assembled: dict[str, Any] = {}
+        for name, values in weights.items():
+            place = self._model.places[name]
+            short = self._short[place.parameter]
+            parameter = self._parameter(place.parameter)
+            if place.expert is None and not place.transposed and values.shape == parameter.shape:
+                assembled[short] = values
+                continue
+            if short not in assembled:
+                assembled[short] = parameter.clone()
+            place.of(assembled[short]).copy_(values)
+        entering = self._inputs[batch]
+        return self._model.apply(self.index, self.module, entering, entering.states, assembled)
+
+    def target(self, batch: int) -> Any:
+        """Output states of the float block: on the states of the unquantized model where there are any, else on those
+        that `call` gets.
+        """
+        states = None if self._floats is None else self._floats[batch]
+        return self._run(batch, states, self._originals())
+
+    def _observe(self, needs: frozenset[str], linears: Sequence[Linear] | None, keep: bool) -> dict[str, Moments]:
+        groups = first_of_groups(self.linears if linears is None else linears)
+        location = f"{self._model.checkpoint.location}: block {self.index}"
+        sums = {g: Running(linear.shape[1], f"{location}, {linear.module}", needs) for g, linear in groups.items()}
+        if "cross" in needs:
+            self._observe_both(groups, sums)
+        else:
+            parameters = {name: self._parameter(name) for name in self._short}
+            with watching(self._model, groups, parameters, lambda group, rows: sums[group].add(rows)):
+                for number, batch in enumerate(self._inputs):
+                    output = self._run(number)
+                    if keep:
+                        batch.states.copy_(output)
+                        self._moved(batch.tokens)
+        return self._results(groups, sums)
+
+    def _observe_both(self, groups: Mapping[str, Linear], sums: Mapping[str, Running]) -> None:
+        if self._floats is None:
+            raise AnyQuantError("cross statistics need the states of the unquantized model: Chain(both=True)")
+        held: dict[str, Any] = {}
+        original, routing = self._originals(), Routing(self._model, list(groups.values()))
+        current = {name: self._parameter(name) for name in self._short}
+        before = {name: original.get(short, current[name]) for name, short in self._short.items()}
+
+        def hold(group: str, rows: Any) -> None:
+            held[group] = rows.clone()
+
+        def add(group: str, rows: Any) -> None:
+            sums[group].add(held.pop(group), rows)
+
+        for number, states in enumerate(self._floats):
+            with watching(self._model, groups, current, hold), routing.recording():
+                self._run(number)
+            with watching(self._model, groups, before, add), routing.repeating():
+                self._run(number, states, original)
+
+    def _results(self, groups: Mapping[str, Linear], sums: Mapping[str, Running]) -> dict[str, Moments]:
+        """Experts without tokens get the average of the block's others in the same place."""
+        found = {g: running.result() for g, running in sums.items() if running.count or groups[g].expert is None}
+        unrouted = []
+        for group, linear in groups.items():
+            if group in found:
+                continue
+            alike = [
+                found[other]
+                for other, one in groups.items()
+                if other in found and (one.role, one.module) == (linear.role, linear.module) and one.expert is not None
+            ]
+            found[group] = average([moments for moments in alike if moments.count])
+            unrouted += [one.name for one in self.linears if one.input_group == group]
+        self.unrouted = tuple(dict.fromkeys((*self.unrouted, *unrouted)))
+        return {group: found[group] for group in groups}
+
+    def _run(self, number: int, states: Any = None, weights: Mapping[str, Any] | None = None) -> Any:
+        batch = self._inputs[number]
+        with self._torch.no_grad():
+            entering = batch.states if states is None else states
+            return self._model.apply(self.index, self.module, batch, entering, weights)
+
+    def _parameter(self, name: str) -> Any:
+        return self.module.get_parameter(self._short[name])
+
+    def _change(self, name: str, part: Callable[[Any], Any], values: Float32, what: str) -> None:
+        if name not in self._short:
+            raise AnyQuantError(f"{what}: block {self.index} has no parameter {name}")
+        target = part(self._parameter(name))
+        if tuple(target.shape) != values.shape:
+            raise AnyQuantError(f"{what}: shape {values.shape} cannot be assigned, it has {tuple(target.shape)}")
+        if self._floats is not None:
+            self._keep_all([name])
+        self._changed.add(name)
+        with self._torch.no_grad():
+            target.copy_(self._torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)))
+
+    def _keep_all(self, names: Sequence[str] | set[str]) -> None:
+        """Hold the values from before the first change."""
+        for name in names:
+            if name not in self._kept:
+                values = self._torch.from_numpy(self._model.read(name)) if name in self._changed else None
+                self._kept[name] = self._parameter(name).clone() if values is None else values
+
+    def _originals(self) -> dict[str, Any]:
+        """Values before the changes, by names below the block, of the parameters that have been changed."""
+        self._keep_all(self._changed)
+        return {self._short[name]: self._kept[name] for name in self._changed}

@@ -1,0 +1,132 @@
+"""What enters each Linear of a block while the block runs.
+
+A Linear with a module of its own is watched by a hook on it. Experts share one module: their products are told apart by
+where the weights of each lie in memory, so it does not matter how the modelling code finds its way to them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from anyquant.core.errors import AnyQuantError
+from anyquant.core.extras import require
+from anyquant.core.linear import Linear
+from anyquant.models.streaming import StreamedModel
+
+Sink = Callable[[str, Any], None]  # (input group, activations (tokens, in))
+Arguments = tuple[Any, ...]
+
+
+def rows_of(activations: Any) -> Any:
+    """(..., in) as a matrix (tokens, in)."""
+    return activations.detach().reshape(-1, activations.shape[-1])
+
+
+def first_of_groups(linears: Sequence[Linear]) -> dict[str, Linear]:
+    """Input group -> the first Linear that it feeds, which is the one that is watched."""
+    first: dict[str, Linear] = {}
+    for linear in linears:
+        first.setdefault(linear.input_group, linear)
+    return first
+
+
+@contextmanager
+def watching(
+    model: StreamedModel, groups: Mapping[str, Linear], parameters: Mapping[str, Any], sink: Sink
+) -> Iterator[None]:
+    """While active, `sink` is called with what enters the Linear of each group, in the order of the computation.
+
+    `parameters` are those that the block runs with, by their names in the model. Raises AnyQuantError when a group was
+    not reached at all, experts aside.
+    """
+    reached: set[str] = set()
+
+    def arrive(group: str, activations: Any) -> None:
+        reached.add(group)
+        sink(group, rows_of(activations))
+
+    own = {group: linear for group, linear in groups.items() if linear.expert is None}
+    experts = {group: linear for group, linear in groups.items() if linear.expert is not None}
+    with ExitStack() as stack:
+        for group, linear in own.items():
+            module = model.module.get_submodule(linear.module)
+            stack.callback(module.register_forward_pre_hook(_hook(group, arrive), with_kwargs=True).remove)
+        if experts:
+            addresses = {
+                model.places[linear.name].of(parameters[model.places[linear.name].parameter]).data_ptr(): group
+                for group, linear in experts.items()
+            }
+            stack.enter_context(_products(addresses, arrive))
+        yield
+    missed = [groups[group] for group in own if group not in reached]
+    if missed or (experts and not reached & experts.keys()):
+        linear = missed[0] if missed else next(iter(experts.values()))
+        raise AnyQuantError(f"{model.checkpoint.location}: nothing was seen to enter {linear.name} ({linear.module})")
+
+
+def _hook(group: str, arrive: Sink) -> Callable[[Any, Arguments, Mapping[str, Any]], None]:
+    def hook(module: Any, arguments: Arguments, keywords: Mapping[str, Any]) -> None:
+        arrive(group, arguments[0] if arguments else next(iter(keywords.values())))
+
+    return hook
+
+
+def _products(addresses: Mapping[int, str], arrive: Sink) -> Any:
+    """A torch mode that reports matrix products with a weight that begins at one of the addresses."""
+    torch = require("torch")
+    watched = {torch.nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm}
+
+    class Products(torch.overrides.TorchFunctionMode):  # type: ignore[misc,name-defined]
+        def __torch_function__(
+            self, function: Any, types: Any, arguments: Arguments = (), keywords: Mapping[str, Any] | None = None
+        ) -> Any:
+            if function in watched and len(arguments) > 1:
+                group = addresses.get(arguments[1].data_ptr())
+                if group is not None:
+                    arrive(group, arguments[0])
+            return function(*arguments, **(keywords or {}))
+
+    return Products()
+
+
+class Routing:
+    """The routing of one pass through a block, to be used again in another: what the experts of each module got.
+
+    Two passes with different states route tokens differently; for statistics across both, each expert must see the same
+    tokens in the same order.
+    """
+
+    def __init__(self, model: StreamedModel, linears: Sequence[Linear]) -> None:
+        paths = dict.fromkeys(linear.module for linear in linears if linear.expert is not None)
+        self._modules = [model.module.get_submodule(path) for path in paths]
+        self._seen: list[list[Arguments]] = [[] for _ in paths]
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Remember all arguments of the experts' modules but the activations."""
+        for seen in self._seen:
+            seen.clear()
+
+        def record(place: int) -> Callable[[Any, Arguments], None]:
+            return lambda module, arguments: self._seen[place].append(arguments[1:])
+
+        with self._hooks(record):
+            yield
+
+    @contextmanager
+    def repeating(self) -> Iterator[None]:
+        """Call the experts' modules with what was remembered."""
+        turns = [iter(seen) for seen in self._seen]
+
+        def repeat(place: int) -> Callable[[Any, Arguments], Arguments]:
+            return lambda module, arguments: (arguments[0], *next(turns[place]))
+
+        with self._hooks(repeat):
+            yield
+
+    @contextmanager
+    def _hooks(self, make: Callable[[int], Any]) -> Iterator[None]:
+        with ExitStack() as stack:
+            for place, module in enumerate(self._modules):
+                stack.callback(module.register_forward_pre_hook(make(place)).remove)
+            yield
