@@ -1,0 +1,126 @@
+"""GPTQ on any grid: rounding with error feedback under the Hessian of the input, refined by coordinate descent.
+
+Frantar et al. 2022, arXiv 2210.17323. The objective is the mean squared error of the matrix's output, tr(D H D^T) with
+D = weights - values; with `propagation` the output that the float model would have had, see algorithms.propagation.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from anyquant.algorithms.base import Algorithm, Task, complete_options
+from anyquant.algorithms.error_feedback import STEERINGS, GridRounder, feed_errors_back
+from anyquant.algorithms.hessian import ORDERS, Factor, Route, factor, hessian_of
+from anyquant.algorithms.on_grid import OnGrid, parameter_span, refittable
+from anyquant.algorithms.propagation import KINDS, best_target
+from anyquant.algorithms.refine import refine
+from anyquant.core.corrections import Mask
+from anyquant.core.dtypes import Float32
+from anyquant.core.errors import UsageError
+from anyquant.core.grid import Params
+from anyquant.core.qtensor import QTensor
+
+DEFAULTS = {
+    "dampening": 0.01,
+    "order": "natural",
+    "groups": "dynamic",
+    "steering": "conditional",
+    "block": 128,
+    "refine": 0,
+    "propagation": "none",
+    "mixing": 1.0,
+}
+CHOICES = {"order": ORDERS, "groups": ("dynamic", "static"), "steering": STEERINGS, "propagation": KINDS}
+
+
+def quantize(task: Task) -> QTensor:
+    """Options, all of which have a default:
+
+    `dampening`: what is added to the Hessian's diagonal, relative to its mean. `order` in which columns are handled:
+    "natural", "activation" (most important first), "groups" (whole groups, most important first, and so within them).
+    `groups`: "dynamic" fits parameters when their columns are reached, "static" all beforehand, as it must be for
+    parameters that reach over all columns, and for the first pass in order "activation". `steering` of dynamic fits:
+    the importance is the Hessian's "diagonal", or "conditional": what is left of it once the columns behind adapt.
+    `block`: columns handled between corrections of the rest. `refine`: sweeps that choose codes and, where groups are
+    dynamic, parameters anew given all others. `propagation`: "none", "gptaq" or "qronos", and `mixing`, how much of
+    what these add to the weights.
+
+    Raises UsageError for a bad option or missing statistics, BadInputError for a Hessian that cannot be one,
+    UnsupportedError when the shape cannot lie on the grid.
+    """
+    options = checked_options(task)
+    task.grid.bits(task.shape)
+    shared = _shared(task)
+    route = _route(task, options)
+    refit = options["groups"] == "dynamic" and refittable(task.grid, shared)
+    dynamic = refit and route.span > route.unit
+    found = find_factor(task, options, route)
+    hessian = hessian_of(task.stats, task.shape[1], task.place, "gptq")
+    importance = np.ascontiguousarray(hessian.diagonal())
+    columns = found.columns
+    target = best_target(task, found, options["propagation"], options["mixing"])
+    keep = task.keep
+    params = None if dynamic else task.grid.fit(_masked(target, task), importance, shared)
+    steering = (importance, options["steering"]) if dynamic else None
+    state = OnGrid(task.grid, task.shape, params, shared)
+    rounder = GridRounder(state, columns, None if keep is None else keep[:, columns], steering)
+    values = np.empty_like(target)
+    values[:, columns] = feed_errors_back(np.ascontiguousarray(target[:, columns]), found, rounder)
+    if options["refine"]:
+        refine(state, target, values, task, found.dampening, options["refine"], refit)
+    corrections = () if keep is None else (Mask(keep),)
+    return QTensor(task.grid, task.shape, state.codes, state.params, corrections=corrections)
+
+
+def notes(task: Task) -> tuple[str, ...]:
+    """What a ledger should say besides: more dampening than was asked for, channels that never fired."""
+    options = checked_options(task)
+    found = find_factor(task, options, _route(task, options))
+    said = []
+    if found.dampening > options["dampening"]:
+        said.append(f"dampening raised from {options['dampening']:g} to {found.dampening:g}")
+    if found.dead.any():
+        said.append(f"{int(found.dead.sum())} input channels were always 0")
+    return tuple(said)
+
+
+def checked_options(task: Task) -> dict[str, Any]:
+    """The options, complete. Raises UsageError."""
+    options = complete_options("gptq", task.options, DEFAULTS)
+    for name, known in CHOICES.items():
+        if options[name] not in known:
+            raise UsageError(f"algorithm gptq: option {name} is {options[name]!r}, expected {' or '.join(known)}")
+    for name, least in {"dampening": 0, "block": 1, "refine": 0, "mixing": 0}.items():
+        if not least <= options[name] < np.inf:
+            raise UsageError(f"algorithm gptq: option {name} is {options[name]}, expected at least {least}")
+    return options
+
+
+def find_factor(task: Task, options: dict[str, Any], route: Route) -> Factor:
+    """The factor of the task's Hessian, shared by all matrices with this input."""
+    hessian_of(task.stats, task.shape[1], task.place, "gptq")
+    assert task.stats is not None  # noqa: S101
+    return factor(task.stats, route, float(options["dampening"]), task.place)
+
+
+def _route(task: Task, options: dict[str, Any]) -> Route:
+    """Spans stay together unless they are static and the order breaks them up."""
+    span = parameter_span(task.grid, task.shape[1])
+    order, unit = options["order"], task.grid.vector
+    if order == "activation" or span == task.shape[1]:
+        return Route(order, unit, unit, options["block"])
+    return Route(order, unit, span, options["block"])
+
+
+def _shared(task: Task) -> Params | None:
+    """Tensor-wide parameters, from this matrix alone where none are given."""
+    if task.shared is not None or not task.grid.tensor_wide:
+        return task.shared
+    return task.grid.prepare(float(np.abs(task.weights).max(initial=0))) or None
+
+
+def _masked(target: Float32, task: Task) -> Float32:
+    return target if task.keep is None else np.where(task.keep, target, np.float32(0))
+
+
+ALGORITHM = Algorithm("gptq", needs=frozenset({"hessian"}), options=DEFAULTS, quantize=quantize)

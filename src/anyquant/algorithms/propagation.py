@@ -1,0 +1,67 @@
+"""Weights to aim at when the input already carries the errors of earlier layers.
+
+F are the inputs in the float model, X those that come through the quantized layers, H = mean x x^T, C = mean f x^T.
+Completing the square, the mean of |W f - Q x|^2 is tr((Q - T) H (Q - T)^T) plus what Q does not change, with
+
+    T = W C H^-1 = W + W (C - H) H^-1                                                                      "qronos"
+
+so that error feedback towards T keeps the weights that are not yet rounded optimal for it, as Qronos (arXiv
+2505.11695) does after its first column. GPTAQ (arXiv 2504.02692) lets the deviation of a column be taken up by those
+behind it only. With U the upper Cholesky factor of H^-1 and M the strictly upper triangle, in the order of handling,
+
+    T = W + W P,  P = (((C - H) U^T) * M) U                                                                 "gptaq"
+
+where we take the original weights for the deviations W P, not those that feedback has changed by then. H is damped as
+for the feedback, C - H is not: with more dampening T falls back to W. `mixing` multiplies what is added to W.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from anyquant.algorithms.base import Task
+from anyquant.algorithms.hessian import Factor, damped, hessian_of
+from anyquant.core.dtypes import Float32
+from anyquant.core.errors import BadInputError, UsageError
+from anyquant.core.extras import require
+
+KINDS = ("none", "gptaq", "qronos")
+
+
+def best_target(task: Task, factor: Factor, kind: str, mixing: float) -> Float32:
+    """T (rows, in), in logical order. Raises UsageError without `stats.cross`, BadInputError when it is damaged."""
+    if kind == "none":
+        return task.weights
+    hessian = hessian_of(task.stats, task.shape[1], task.place, "gptq")
+    if task.stats is None or task.stats.cross is None:
+        raise UsageError(f"{task.place}: propagation {kind} needs the float inputs, too; calibrate with a text")
+    cross = task.stats.cross
+    if cross.shape != hessian.shape or not np.isfinite(cross).all():
+        raise BadInputError(f"{task.place}: the cross moments are not finite or of shape {hessian.shape}")
+    added = task.stats.once(
+        ("propagation", kind, factor.route, factor.dampening), lambda: _matrix(kind, cross, hessian, factor)
+    )
+    torch = require("torch")
+    wanted = torch.addmm(torch.from_numpy(task.weights), torch.from_numpy(task.weights), added, alpha=mixing)
+    result: Float32 = wanted.numpy()
+    return result
+
+
+def _matrix(kind: str, cross: Float32, hessian: Float32, factor: Factor) -> Any:
+    """What W is multiplied with and then added to it, (in, in) float32, in logical order."""
+    torch = require("torch")
+    columns = factor.columns
+    at = np.ix_(columns, columns)
+    deviation: npt.NDArray[np.float64] = cross.astype(np.float64)[at] - hessian[at]
+    deviation[:, factor.dead[columns]] = 0
+    square = torch.from_numpy(damped(hessian, columns, factor.dampening))
+    if kind == "qronos":
+        result = torch.cholesky_solve(torch.from_numpy(deviation).T, torch.linalg.cholesky(square)).T
+    else:
+        reversed_lower = torch.linalg.cholesky(square.flip(0, 1))
+        identity = torch.eye(len(square), dtype=torch.float64)
+        upper = torch.linalg.solve_triangular(reversed_lower.flip(0, 1), identity, upper=True)
+        result = (torch.from_numpy(deviation) @ upper.T).triu(1) @ upper
+    back = torch.from_numpy(np.argsort(columns))
+    return result.to(torch.float32)[back][:, back].contiguous()
