@@ -6,8 +6,8 @@
     int8-tensor        one scale for a whole matrix, from `prepare`, or found where there is none to share
 
 Scales are bfloat16 values greater than 0, so that they are exact in models stored as bfloat16 or float32, and in
-float16 as long as they are normal there; those of `plain` are any float32. Zero-points are integers, as GPTQ, AWQ, ONNX and
-compressed-tensors hold them. The objective is the squared error, weighted by the importance of the input channel.
+float16 as long as they are normal there; those of `plain` are any float32. Zero-points are integers, as GPTQ, AWQ, ONNX
+and compressed-tensors hold them. The objective is the squared error, weighted by the importance of the input channel.
 """
 
 import re
@@ -38,11 +38,10 @@ class IntegerGrid(Grid):
     search: Search = field(kw_only=True)
 
     def prepare(self, absolute_maximum: float, tie_group: tuple[float, ...] = ()) -> Params:
-        """The scale that just reaches the largest magnitude of the tie group on both sides of zero; {} but for
-        "tensor" grids."""
+        """The scale that just reaches the largest magnitude of all on both sides of zero; {} but for "tensor" grids."""
         if self.search.group != MATRIX:
             return {}
-        largest = np.float32(max(absolute_maximum, *tie_group))
+        largest = np.float32(max((absolute_maximum, *tie_group)))
         stored = float32_to_bfloat16(np.array([[largest / np.float32(self.search.middle - 1)]], dtype=np.float32))
         scale = bfloat16_to_float32(stored)
         if scale * np.float32(self.search.middle - 1) < largest:

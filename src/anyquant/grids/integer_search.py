@@ -38,7 +38,8 @@ RANGES = {
 SHIFTS = ((0.0, 1.0, -1.0), (0.0, 1.0, -1.0, 2.0, -2.0))  # of the zero-point, tried in turn along the ranges
 CHANGES = {2: 0.03, 3: 0.015, 4: 0.01, 5: 0.005, 6: 0.003, 7: 0.001, 8: 0.0005}  # of the best scale, at the end
 # among many weights the largest may lie far out: beyond the last candidate, this many more up to this many times it
-FARTHER, FARTHEST = 24, 16.0
+FARTHER, FARTHEST = 48, 16.0
+FARTHER_CHANGE = 0.01
 STRIP = 512  # columns of a wide group come in multiples of this: the lanes of the kernel, eight deep
 
 
@@ -85,7 +86,8 @@ class Search:
             ladder = np.concatenate([ladder, np.geomspace(ladder[-1], ladder[-1] * FARTHEST, FARTHER + 1)[1:]])
         shifts = np.resize(SHIFTS[important], ladder.size) if self.asymmetric else np.zeros(ladder.size)
         terms = (0.0, 1.0, -1.0) if self.asymmetric else (0.0,)
-        changes = [(1 + CHANGES[self.bits] * k, term) for term in terms for k in range(-2, 3) if k or term]
+        change = CHANGES[self.bits] if self.group > 0 else max(CHANGES[self.bits], FARTHER_CHANGE)
+        changes = [(1 + change * k, term) for term in terms for k in range(-2, 3) if k or term]
         return np.stack([ladder, shifts], axis=1).astype(np.float32), np.array(changes, dtype=np.float32)
 
     def find(self, weights: Float32, importance: Float32 | None) -> tuple[Float32, Float32]:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from anyquant.core.dtypes import Float32
 from anyquant.core.errors import AnyQuantError, UnsupportedError
 from anyquant.core.extras import require
-from anyquant.core.grid import Codes, Grid, Parameter, Params, Scope
+from anyquant.core.grid import Codes, Grid, Lattice, Parameter, Params, Scope
 from anyquant.grids.kquant_reference import quantize_reference
 from anyquant.grids.kquant_search import LAYOUTS, SUPER, Layout, objective_weights, relative_importance
 
@@ -76,6 +76,13 @@ class KQuant(Grid):
         if not self.layout.symmetric:
             values -= at.spread(shift)
         return values.reshape(codes.shape)
+
+    def lattice(self, params: Params) -> Lattice:
+        """d * scale * level - dmin * minimum, for each sub-block."""
+        scale, shift = self._scale_and_shift(params, self._place(params, None))
+        codes = np.arange(2**self.code_bits, dtype=np.uint8)
+        levels = codes.astype(np.float32) - np.float32(self.offset)
+        return Lattice(levels, codes, scale, -shift, self.layout.width, uniform=True)
 
     def weighting(self, weights: Float32, importance: Float32 | None = None) -> Float32:
         """ggml's weight of each squared error, with `importance` as given."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from anyquant.core.dtypes import Float32
 from anyquant.core.errors import UsageError
-from anyquant.core.grid import Codes, Grid, Parameter, Params, Scope
+from anyquant.core.grid import Codes, Grid, Lattice, Parameter, Params, Scope
 from anyquant.grids.scales import LARGEST_HALF, Levels, Trials, error_weights, find_pairs, find_scales, spread_out
 
 BLOCK = 32
@@ -97,6 +97,14 @@ class LegacyGrid(Grid):
         if self.affine:
             values += spread_out(params["m"], BLOCK, columns)
         return values
+
+    def lattice(self, params: Params) -> Lattice:
+        """d * level, or d * level + m, levels of `levels`."""
+        levels = np.arange(self.levels.low, self.levels.high + 1)
+        scale = params["d"].astype(np.float32)
+        shift = params["m"].astype(np.float32) if self.affine else np.zeros_like(scale)
+        codes = (levels + self.zero).astype(self.code_dtype)
+        return Lattice(levels.astype(np.float32), codes, scale, shift, BLOCK, uniform=True)
 
     def weighting(self, weights: Float32, importance: Float32 | None = None) -> Float32:
         """Weight of each squared error in the objective of `quantize`, shape of `weights`."""

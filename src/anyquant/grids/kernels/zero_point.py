@@ -1,10 +1,10 @@
 """The search for scale and integer zero-point of a group, values scale * (level - zero), levels 0 to `high`.
 
 Laid out as in `grids.kernels.symmetric`: lane = group, all that is known per lane in one flat array. Symmetric grids
-are the case of one fixed zero-point. A `wide` group (a row, a tensor) takes all lanes for itself: its weights lie across
-them in as many chunks as it needs, and sums are over lanes and chunks too, so that every lane knows the same. `u` are
-weights over their group's UNIT. Sums are over what a tried scale leaves, not over the weights: least squares then only
-has to tell a correction of that scale, and single precision is enough for eight bits.
+are the case of one fixed zero-point. A `wide` group (a row, a matrix) takes all lanes for itself: its weights lie
+across them in as many chunks as it needs, and sums are over lanes and chunks too, so that every lane knows the same.
+`u` are weights over their group's UNIT. Sums are over what a tried scale leaves, not over the weights: least squares
+then only has to tell a correction of that scale, and single precision is enough for eight bits.
 """
 
 from typing import Any
