@@ -15,6 +15,7 @@ MODULES = {
     "floating": "anyquant.formats.gguf.layouts.floating",
     "legacy": "anyquant.formats.gguf.layouts.legacy",
     "kquant": "anyquant.formats.gguf.layouts.kquant",
+    "iquant": "anyquant.formats.gguf.layouts.iquant",
 }
 
 # grid -> (ggml type, family of its layout)
@@ -32,6 +33,11 @@ TYPES = {
     "q4_k": ("Q4_K", "kquant"),
     "q5_k": ("Q5_K", "kquant"),
     "q6_k": ("Q6_K", "kquant"),
+    "iq4_nl": ("IQ4_NL", "iquant"),
+    "iq4_xs": ("IQ4_XS", "iquant"),
+    "iq3_s": ("IQ3_S", "iquant"),
+    "iq3_xxs": ("IQ3_XXS", "iquant"),
+    "iq2_s": ("IQ2_S", "iquant"),
 }
 
 
