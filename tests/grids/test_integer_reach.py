@@ -1,4 +1,4 @@
-"""Zero-points, whole rows, whole matrices, plain parameters: against exhaustive search and compressed-tensors itself."""
+"""Zero-points, whole rows, whole matrices, plain parameters: against exhaustive search and compressed-tensors."""
 
 import itertools
 
