@@ -1,0 +1,162 @@
+"""Small floats in small groups, with a scale of 8 bits: the MX types of OCP and NVIDIA's NVFP4.
+
+    mxfp4        w = e2m1 * 2^(scale - 127)                     groups of 32
+    mxfp6_e2m3   w = e2m3 * 2^(scale - 127), and e3m2 alike     groups of 32
+    mxfp8_e4m3   w = e4m3 * 2^(scale - 127), and e5m2 alike     groups of 32
+    nvfp4        w = e2m1 * (e4m3(scale) / global_scale)        groups of 16
+
+Codes and scales are bit patterns (OCP Microscaling Formats 1.0; a scale of 255, NaN, is never written). global_scale is
+one float32 per tensor that divides, as compressed-tensors stores it. This package only makes powers of two, so that its
+reciprocal is exact: ModelOpt's weight_scale_2 and ggml's ".scale" tensor, which multiply, hold the same values.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from anyquant.core.dtypes import Float32
+from anyquant.core.errors import UsageError
+from anyquant.core.grid import Codes, Grid, Lattice, Parameter, Params, Scope
+from anyquant.grids.groups import gathered, scale_up, touched
+from anyquant.grids.minifloat import E2M1, E2M3, E3M2, E4M3, E5M2, MiniFloat, levels_of, values_of
+from anyquant.grids.scales import usable_importance
+
+MX_GROUP, NV_GROUP = 32, 16
+KINDS = {"mxfp4": E2M1, "mxfp6_e2m3": E2M3, "mxfp6_e3m2": E3M2, "mxfp8_e4m3": E4M3, "mxfp8_e5m2": E5M2}
+BIAS = 127
+EXPONENTS = np.append(np.ldexp(np.float32(1), np.arange(255) - BIAS), np.nan).astype(np.float32)
+# the plain exponent first: of equal ones it is taken
+OFFSETS = np.array([0, 1, -1, -2, -3], dtype=np.int64)
+# E4M3 scales tried below and above the plain one: a factor of about 2 down and 1.7 up
+REACH = (8, 6)
+
+
+@dataclass(frozen=True)
+class Microscaling(Grid):
+    """What MX and NVFP4 have in common; `kind` is the type of the values."""
+
+    kind: MiniFloat = field(default=E2M1)
+
+    @property
+    def group(self) -> int:
+        return self.block[1]
+
+    def quantize(
+        self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None
+    ) -> tuple[Params, Codes]:
+        """The scales of least weighted error, never worse than the plain ones, and the nearest codes."""
+        params = self.fit(weights, importance, shared)
+        return params, self.encode(weights, params)
+
+    def encode(self, weights: Float32, params: Params, columns: slice | None = None) -> Codes:
+        """The patterns nearest to w / scale, ties to even, saturating, 0 where the scale is 0; compiled."""
+        from anyquant.grids.kernels import minifloat
+
+        scale, first = self._scales(params, columns)
+        codes = np.empty(weights.shape, dtype=np.uint8)
+        whole = np.ascontiguousarray(weights, dtype=np.float32)
+        minifloat.encode(whole, scale, first, self.group, self.kind.rounding, codes)
+        return codes
+
+    def decode(self, codes: Codes, params: Params, columns: slice | None = None) -> Float32:
+        """value * scale in float32; of MX types exact."""
+        scale, first = self._scales(params, columns)
+        return scale_up(gathered(values_of(self.kind), codes), scale, first, self.group)
+
+    def lattice(self, params: Params) -> Lattice:
+        """All values of the type."""
+        levels, codes = levels_of(self.kind)
+        scale, _ = self._scales(params, None)
+        return Lattice(levels, codes, scale, np.zeros_like(scale), self.group, uniform=False)
+
+    def _scales(self, params: Params, columns: slice | None) -> tuple[Float32, int]:
+        """Scales (rows, groups that `columns` touch), and where in the first group the columns begin."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class MxGrid(Microscaling):
+    """The parameter "scale" is the biased exponent, uint8 (rows, in / 32)."""
+
+    def fit(self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None) -> Params:
+        """Of five exponents around the plain one the best of each group."""
+        return {"scale": self._exponents(weights, importance, OFFSETS)}
+
+    def plain(self, weights: Float32, shared: Params | None = None) -> Params:
+        """floor(log2 max |w|) less the exponent of the type's largest value (OCP MX 1.0, section 6.3)."""
+        return {"scale": self._exponents(weights, None, OFFSETS[:1])}
+
+    def _exponents(self, weights: Float32, importance: Float32 | None, offsets: Codes) -> Codes:
+        from anyquant.grids.kernels import minifloat
+
+        whole = np.ascontiguousarray(weights, dtype=np.float32)
+        steering = usable_importance(importance, weights.shape[1], self.group)
+        scale = np.empty((len(weights), weights.shape[1] // self.group), dtype=np.uint8)
+        top = self.kind.top_exponent
+        minifloat.exponents(whole, steering, (top, 2 * BIAS - top), self.kind.rounding, offsets, scale)
+        return scale
+
+    def _scales(self, params: Params, columns: slice | None) -> tuple[Float32, int]:
+        groups, first = touched(columns, self.group)
+        return gathered(EXPONENTS, params["scale"][:, groups]), first
+
+
+@dataclass(frozen=True)
+class NvGrid(Microscaling):
+    """The parameters are "scale", E4M3 patterns in uint8 (rows, in / 16), and "global_scale", float32 (1, 1)."""
+
+    def prepare(self, absolute_maximum: float, tie_group: tuple[float, ...] = ()) -> Params:
+        """The power of two that puts the largest scale a group may want (its largest weight on the value 4) just
+        below the largest E4M3 value: groups down to 1/9000 of the tensor's maximum then have normal scales."""
+        largest = max((absolute_maximum, *tie_group))
+        exponent = 0
+        if largest > 0:
+            exponent = int(np.clip(np.floor(np.log2(4 * E4M3.highest / largest)), -126, 126))
+        return {"global_scale": np.array([[2.0**exponent]], dtype=np.float32)}
+
+    def fit(self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None) -> Params:
+        """Of the E4M3 scales around the plain one, and those that least squares leads to, the best of each group."""
+        return self._fitted(weights, importance, shared, REACH)
+
+    def plain(self, weights: Float32, shared: Params | None = None) -> Params:
+        """max |w| / 6 as E4M3."""
+        return self._fitted(weights, None, shared, (0, 0))
+
+    def _fitted(
+        self, weights: Float32, importance: Float32 | None, shared: Params | None, reach: tuple[int, int]
+    ) -> Params:
+        from anyquant.grids.kernels import minifloat
+
+        if shared is None:
+            shared = self.prepare(float(np.abs(weights).max(initial=0)))
+        unit = np.float32(shared["global_scale"][0, 0])
+        with np.errstate(over="ignore"):
+            scales = values_of(E4M3)[:127] / unit
+            usable = scales[np.isfinite(scales * np.float32(self.kind.highest))]
+        whole = np.ascontiguousarray(weights, dtype=np.float32)
+        steering = usable_importance(importance, weights.shape[1], self.group)
+        chosen = np.empty((len(weights), weights.shape[1] // self.group), dtype=np.uint8)
+        kinds = (self.kind.rounding, E4M3.rounding, unit)
+        minifloat.group_scales(whole, steering, usable, reach, kinds, chosen)
+        return {"scale": chosen, "global_scale": shared["global_scale"]}
+
+    def _scales(self, params: Params, columns: slice | None) -> tuple[Float32, int]:
+        groups, first = touched(columns, self.group)
+        scale = gathered(values_of(E4M3), params["scale"][:, groups])
+        scale /= params["global_scale"]
+        return scale, first
+
+
+def make(name: str) -> Microscaling:
+    """The grid "mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2" or "nvfp4"."""
+    if name == "nvfp4":
+        both = (
+            Parameter("scale", "uint8", 8, Scope.BLOCK, NV_GROUP),
+            Parameter("global_scale", "float32", 32, Scope.TENSOR),
+        )
+        return NvGrid(name, "microscaling", (1, NV_GROUP), "uint8", E2M1.bits, both, kind=E2M1)
+    if name not in KINDS:
+        raise UsageError(f"unknown microscaling grid {name!r}; known: {', '.join(KINDS)}, nvfp4")
+    kind = KINDS[name]
+    parameters = (Parameter("scale", "uint8", 8, Scope.BLOCK, MX_GROUP),)
+    return MxGrid(name, "microscaling", (1, MX_GROUP), "uint8", kind.bits, parameters, kind=kind)
