@@ -16,7 +16,7 @@ from anyquant.formats.decoded import DecodedArtifact
 from anyquant.formats.gguf.layouts import layout, layout_of_type
 from anyquant.formats.gguf.metadata import CONSTANTS, add_metadata, constants, refuse_scaling
 from anyquant.formats.gguf.names import PAIRED, Target, family_of, paired_rows, targets
-from anyquant.formats.gguf.presets import fallback, resolve, tables
+from anyquant.formats.gguf.presets import beside, fallback, resolve, tables
 from anyquant.formats.gguf.tokenizer import add_tokenizer, read_tokenizer
 from anyquant.formats.gguf.writer import TensorInfo, header, new_writer, place
 from anyquant.grids import grid as find_grid
@@ -48,7 +48,7 @@ class GGUFFormat:
         for preset in tables().presets.values():
             if preset.grid == grid:
                 return resolve(preset.name, architecture, False)[linear.name]
-        return source, f"no mixture is based on {grid}: kept as stored"
+        return beside(grid, linear, architecture) or (source, f"no mixture is based on {grid}: kept as stored")
 
     def fallback(self, grid: str, linear: Linear) -> str | None:
         """The grid that llama.cpp takes for rows that are no multiple of the block."""

@@ -74,11 +74,16 @@ class Preset:
 
 @dataclass(frozen=True)
 class Tables:
-    """All of presets.toml. `fallback` maps a grid to (row multiple that it needs, the grid to take otherwise)."""
+    """All of presets.toml.
+
+    `fallback` maps a grid to (row multiple that it needs, the grid to take otherwise), `apart` a grid that no preset is
+    based on to the grids of head and embedding, by role.
+    """
 
     presets: Mapping[str, Preset]
     conditions: Mapping[str, tuple[Alternative, ...]]
     fallback: Mapping[str, tuple[int, str]]
+    apart: Mapping[str, Mapping[str, str]]
     router: str
 
 
@@ -103,6 +108,7 @@ def tables() -> Tables:
             for name, rows in raw["condition"].items()
         },
         fallback={grid: (row["multiple"], row["grid"]) for grid, row in raw["fallback"].items()},
+        apart=raw["apart"],
         router=raw["router"],
     )
 
@@ -154,6 +160,13 @@ def fallback(grid: str, columns: int) -> str | None:
     while taken in tables().fallback and columns % tables().fallback[taken][0]:
         taken = tables().fallback[taken][1]
     return None if taken == grid else taken
+
+
+def beside(grid: str, linear: Linear, architecture: Architecture) -> tuple[str, str] | None:
+    """(grid, reason) of a head or embedding beside blocks on `grid`, which no preset is based on; None when unknown."""
+    role = _effective_roles(architecture)[linear.name]
+    chosen = tables().apart.get(grid, {}).get(role)
+    return None if chosen is None else (chosen, f"llama.cpp's {role} beside {grid}")
 
 
 def _choose(chosen: Preset, linear: Linear, role: str, blocks: int, holding: set[str]) -> tuple[str, str]:
