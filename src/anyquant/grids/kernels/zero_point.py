@@ -109,18 +109,17 @@ def sums(u: Float32, w: Float32, high: Single, wide: bool, s: Float32) -> None:
     """LEFT, MIXED and SQUARE under STEP and PIVOT, of lanes, or of all lanes together."""
     for lane in range(LANES):
         s[INVERSE + lane] = ONE / s[STEP + lane] if s[STEP + lane] > ZERO else ZERO
-    if not wide:
-        accumulate(u[0], w, high, s)
-        return
     left, mixed, square = 0.0, 0.0, 0.0
     for chunk in range(u.shape[0]):
         accumulate(u[chunk], w, high, s)
+        if wide:
+            for lane in range(LANES):
+                left += s[LEFT + lane]
+                mixed += s[MIXED + lane]
+                square += s[SQUARE + lane]
+    if wide:
         for lane in range(LANES):
-            left += s[LEFT + lane]
-            mixed += s[MIXED + lane]
-            square += s[SQUARE + lane]
-    for lane in range(LANES):
-        s[LEFT + lane], s[MIXED + lane], s[SQUARE + lane] = left, mixed, square
+            s[LEFT + lane], s[MIXED + lane], s[SQUARE + lane] = left, mixed, square
 
 
 @njit(forceinline=True, fastmath=FAST, error_model="numpy")
