@@ -7,10 +7,9 @@ handling, while parameters and codes have their logical places.
 """
 
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from anyquant.algorithms.hessian import Factor, Order
 from anyquant.algorithms.on_grid import Keep, OnGrid, Slot, arrange
@@ -157,10 +156,3 @@ def _round_slowly(
             behind[at.stop :].addmm_(passed, behind[at], alpha=-1)
     weights[:] = work.T
     return values
-
-
-def objective(difference: Float32, hessian: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Per row, difference H difference^T, in float64: the mean squared output error that it causes."""
-    wide = difference.astype(np.float64)
-    result: npt.NDArray[np.float64] = np.einsum("ij,ij->i", wide @ hessian.astype(np.float64), wide)
-    return result

@@ -63,9 +63,8 @@ def quantize(task: Task) -> QTensor:
     params = None if dynamic else task.grid.fit(_masked(target, task), importance, shared)
     steering = (importance, options["steering"]) if dynamic else None
     state = OnGrid(task.grid, task.shape, params, shared)
-    rounder = GridRounder(state, columns, None if keep is None else keep[:, columns], steering)
-    values = np.empty_like(target)
-    values[:, columns] = feed_errors_back(np.ascontiguousarray(target[:, columns]), found, rounder)
+    rounder = GridRounder(state, columns, None if keep is None else found.arranged(keep), steering)
+    values = found.restored(feed_errors_back(found.arranged(target), found, rounder))
     if options["refine"]:
         refine(state, target, values, task, found.dampening, options["refine"], refit)
     corrections = () if keep is None else (Mask(keep),)

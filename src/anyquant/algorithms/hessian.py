@@ -18,6 +18,7 @@ from anyquant.core.errors import BadInputError, UsageError
 from anyquant.core.extras import require
 
 Order = npt.NDArray[np.intp]
+Matrix = npt.NDArray[Any]
 MOST_DAMPENING = 1.0
 ORDERS = ("natural", "activation", "groups")
 
@@ -45,6 +46,8 @@ class Route:
             ranks = np.argsort(-units, kind="stable")
         else:
             spans = _means(diagonal, self.span)
+            if diagonal.size % self.span:
+                spans[-1] = -1  # the span that is not whole stays behind the others
             group = np.arange(units.size) * self.unit // self.span
             ranks = np.lexsort((-units, group, -spans[group]))
         columns = (ranks[:, None] * self.unit + np.arange(self.unit)).reshape(-1)
@@ -71,6 +74,14 @@ class Factor:
     feedback: Float32
     dampening: float
     dead: npt.NDArray[np.bool_]
+
+    def arranged(self, matrix: Matrix) -> Matrix:
+        """The columns of `matrix` (rows, in) in the order of handling."""
+        return matrix if self.route.order == "natural" else np.ascontiguousarray(matrix[:, self.columns])
+
+    def restored(self, matrix: Matrix) -> Matrix:
+        """Undoes `arranged`."""
+        return matrix if self.route.order == "natural" else np.ascontiguousarray(matrix[:, np.argsort(self.columns)])
 
 
 def factor(moments: Moments, route: Route, dampening: float, place: str) -> Factor:
