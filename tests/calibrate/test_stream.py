@@ -149,8 +149,8 @@ def test_bad_weights_and_configs_are_bad_input(llama: Path) -> None:
     checkpoint.config |= {"num_hidden_layers": 10**9}
     with pytest.raises(BadInputError, match="num_hidden_layers 1000000000"):
         collect(checkpoint, architecture, DOCUMENTS)
-    checkpoint.config |= {"num_hidden_layers": 2, "model_type": "mamba"}
-    with pytest.raises(UnsupportedError, match="'mamba'"):
+    checkpoint.config |= {"num_hidden_layers": 2, "model_type": "mamba", "hidden_act": "silu"}
+    with pytest.raises(UnsupportedError, match=r"'mamba' has no blocks at model\.layers"):
         collect(checkpoint, architecture, DOCUMENTS)
 
 

@@ -84,14 +84,17 @@ class Chain:
         """Statistics of what the head multiplies, after the last block."""
         self._expect(self.model.blocks)
         place = f"{self.model.checkpoint.location}: {self.model.head_module}"
-        running = Running(int(self.batches[0].states.shape[-1]), place, needs)
+        running: Running | None = None
         for number, batch in enumerate(self.batches):
             rows = rows_of(self.model.head_input(batch.states))
             other = None
             if "cross" in needs and len(self._chains) > 1:
                 other = rows_of(self.model.head_input(self._chains[1].views[number]))
+            running = running or Running(int(rows.shape[-1]), place, needs)
             running.add(rows, other)
         self._progress.finish()
+        if running is None:
+            raise AnyQuantError(f"{place}: the chain has no documents")
         return running.result()
 
     def save(self, path: Path) -> str:

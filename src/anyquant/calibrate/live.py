@@ -66,7 +66,8 @@ class LiveBlock:
     def assign_carried(self, carried: Carried, values: Float32) -> None:
         """Give a norm or bias other values (length,). Raises AnyQuantError when the length is another."""
         stop = carried.start + carried.length
-        self._change(carried.tensor, lambda tensor: tensor[carried.start : stop], values, carried.name)
+        parameter = self._model.parameter_of(carried.tensor)
+        self._change(parameter, lambda tensor: tensor.view(-1)[carried.start : stop], values, carried.name)
 
     def accept(self) -> None:
         """The weights of now count as the float ones from here on: after a transform that preserves the function."""

@@ -40,7 +40,7 @@ def read_config(config: Mapping[str, Any], where: str) -> Settings:
     """Settings of the model at `where`. Raises BadInputError for values that cannot be, UnsupportedError otherwise."""
     if not config:
         raise BadInputError(f"{where}: there is no config.json, or it is empty; AnyQuant needs a Hugging Face folder")
-    _refuse_quantized(config, where)
+    refuse_quantized(config, where)
     family = _family(config, where)
     _refuse_unknown_fields(config, family, where)
     config = {**family.absent, **config}
@@ -124,7 +124,8 @@ class Fields:
         return UnsupportedError(f"{self.where}: {field} = {shown(self.config.get(field))}: {reason}")
 
 
-def _refuse_quantized(config: Mapping[str, Any], where: str) -> None:
+def refuse_quantized(config: Mapping[str, Any], where: str) -> None:
+    """Raise UnsupportedError when a config says that the weights are quantized."""
     settings = config.get("quantization_config") or config.get("compression_config")
     if settings:
         named = settings.get("quant_method") if isinstance(settings, Mapping) else settings

@@ -4,37 +4,17 @@ The family's table (models.families) says which tensors there must be; every ten
 place. The one exception to "no data": a tied model that also stores its head, where the two are compared.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from anyquant.core.checkpoint import Checkpoint, TensorSpec
-from anyquant.core.dtypes import DTYPES
 from anyquant.core.errors import BadInputError, UnsupportedError
 from anyquant.core.linear import Carried, Linear, Role, View
 from anyquant.models.architecture import Architecture, Dimensions
 from anyquant.models.config import Settings, read_config
 from anyquant.models.families import BLOCKS, EMBEDDING, HEAD, HEAD_INPUT, OUTPUT_NORM, Norm, Slot
-
-# End of a tensor name -> why it has no place in the model.
-LEFTOVERS = {
-    ".rotary_emb.inv_freq": "rotary frequencies, computed from the config",
-    ".masked_bias": "a constant of old attention code",
-}
-# End of a tensor name -> the method that stores weights under such names.
-QUANTIZED = {
-    ".qweight": "GPTQ or AWQ",
-    ".qzeros": "GPTQ or AWQ",
-    ".weight_packed": "compressed-tensors",
-    ".weight_scale": "compressed-tensors or FP8",
-    ".weight_scale_inv": "block-wise FP8",
-    ".absmax": "bitsandbytes",
-    ".quant_map": "bitsandbytes",
-    "_blocks": "MXFP4",
-}
-SHOWN = 5
-COMPARED_BYTES = 1 << 22
+from anyquant.models.stored import leftovers, listed, refuse_quantized, same_values
+from anyquant.models.structural import describe, is_other
 
 
 @dataclass(frozen=True)
@@ -50,14 +30,18 @@ class Binding:
 def detect(checkpoint: Checkpoint) -> Architecture:
     """The architecture of a floating-point checkpoint.
 
+    A model type that the families' table does not have is described by running its class (models.structural).
+
     Raises UnsupportedError for a model type, config value, tensor or element type that AnyQuant does not know, and
     BadInputError for missing tensors, wrong shapes and impossible config values.
     """
     where = checkpoint.location
+    if is_other(checkpoint.config):
+        return describe(checkpoint)
     settings = read_config(checkpoint.config, where)
     names = set(checkpoint.names())
-    unused = {name: reason for name in sorted(names) for end, reason in LEFTOVERS.items() if name.endswith(end)}
-    _refuse_quantized(checkpoint, names - unused.keys())
+    unused = leftovers(names)
+    refuse_quantized(checkpoint, names - unused.keys())
     bindings = list(_bindings(settings, names))
     expected = {binding.tensor for binding in bindings}
     if settings.tied and f"{HEAD}.weight" in names:
@@ -65,10 +49,10 @@ def detect(checkpoint: Checkpoint) -> Architecture:
     unknown = names - expected - unused.keys()
     if unknown:
         raise UnsupportedError(
-            f"{where}: {_listed(unknown)} not known for {settings.family.model_type}; nothing is dropped in silence"
+            f"{where}: {listed(unknown)} not known for {settings.family.model_type}; nothing is dropped in silence"
         )
     if expected - names:
-        raise BadInputError(f"{where}: {_listed(expected - names)} missing, though config.json calls for it")
+        raise BadInputError(f"{where}: {listed(expected - names)} missing, though config.json calls for it")
     for binding in bindings:
         _check(checkpoint.spec(binding.tensor), binding, where)
     return Architecture(
@@ -192,52 +176,12 @@ def _check(spec: TensorSpec, binding: Binding, where: str) -> None:
         )
 
 
-def _refuse_quantized(checkpoint: Checkpoint, names: set[str]) -> None:
-    """Weights that are not floating-point numbers, named by the method that stores them so."""
-    marks = sorted((name, method) for name in names for end, method in QUANTIZED.items() if name.endswith(end))
-    if marks:
-        raise UnsupportedError(
-            f"{checkpoint.location}: already quantized with {marks[0][1]} ({marks[0][0]}); "
-            "start from the original floating-point weights"
-        )
-    for name in sorted(names):
-        dtype = checkpoint.spec(name).dtype
-        if dtype not in DTYPES or not DTYPES[dtype].floating:
-            raise UnsupportedError(
-                f"{checkpoint.location}: {name} has element type {dtype}, which does not hold weights; the checkpoint "
-                "is already quantized: start from one in BF16, F16 or F32"
-            )
-
-
 def _redundant_head(checkpoint: Checkpoint) -> dict[str, str]:
     """A head stored beside the embedding it is tied to: of no use when equal, a contradiction when not."""
     head, embedding = checkpoint.spec(f"{HEAD}.weight"), checkpoint.spec(f"{EMBEDDING}.weight")
-    if head.shape == embedding.shape and head.dtype == embedding.dtype and _equal(checkpoint, head, embedding):
+    if same_values(checkpoint, head, embedding):
         return {head.name: "the model is tied and this is the embedding once more"}
     raise UnsupportedError(
         f"{checkpoint.location}: tie_word_embeddings is true, but {head.name} differs from {embedding.name}; set "
         "tie_word_embeddings to false in a copy of config.json if the head is meant"
     )
-
-
-def _equal(checkpoint: Checkpoint, left: TensorSpec, right: TensorSpec) -> bool:
-    row_bytes = max(1, left.nbytes // max(1, left.rows))
-    step = max(1, COMPARED_BYTES // row_bytes)
-    for start in range(0, left.rows, step):
-        stop = min(left.rows, start + step)
-        one, other = (np.empty((stop - start) * row_bytes, dtype=np.uint8) for _ in range(2))
-        checkpoint.read_into(left.name, start, stop, one)
-        checkpoint.read_into(right.name, start, stop, other)
-        if not np.array_equal(one, other):
-            return False
-    return True
-
-
-def _listed(names: Iterable[str]) -> str:
-    """The subject of an error: up to SHOWN names and how many there are, with its verb."""
-    ordered = sorted(names)
-    shown = ", ".join(ordered[:SHOWN])
-    if len(ordered) == 1:
-        return f"tensor {shown} is"
-    more = f" and {len(ordered) - SHOWN} more" if len(ordered) > SHOWN else ""
-    return f"{len(ordered)} tensors ({shown}{more}) are"

@@ -20,63 +20,24 @@ from anyquant.core.extras import require
 from anyquant.core.linear import Linear
 from anyquant.core.progress import Progress, Silent
 from anyquant.models.architecture import Architecture
+from anyquant.models.building import build_structure, stored_names
 from anyquant.models.placement import find_places
-
-# model_type -> (config class, model class) of transformers
-FAMILIES: Mapping[str, tuple[str, str]] = {
-    "llama": ("LlamaConfig", "LlamaForCausalLM"),
-    "mistral": ("MistralConfig", "MistralForCausalLM"),
-    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM"),
-    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
-    "phi3": ("Phi3Config", "Phi3ForCausalLM"),
-    "mixtral": ("MixtralConfig", "MixtralForCausalLM"),
-    "qwen2_moe": ("Qwen2MoeConfig", "Qwen2MoeForCausalLM"),
-    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM"),
-}
-
-# the fields of config.json that shape the computation; nothing else of the file reaches transformers
-FIELDS = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act", "rms_norm_eps"),
-    *("num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "mlp_bias", "tie_word_embeddings"),
-    *("max_position_embeddings", "original_max_position_embeddings", "partial_rotary_factor"),
-    *("rope_theta", "rope_scaling", "rope_parameters"),
-    *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "qkv_bias"),
-    *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
-    *("shared_expert_intermediate_size", "decoder_sparse_step", "mlp_only_layers"),
-)
 
 BATCH_TOKENS = 2048  # tokens that go through a block at once: enough for full speed, little memory
 LOGIT_ELEMENTS = 1 << 25  # elements of the largest (tokens, vocabulary) matrix: 128 MiB
 
 
-def plain(value: Any) -> Any:
-    """A JSON value without keys that begin with an underscore, which transformers treats as its own switches."""
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items() if not str(key).startswith("_")}
-    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def build_structure(config: Mapping[str, Any], location: str) -> Any:
-    """The `transformers` causal language model of a `config.json`: parameters on meta, buffers real, evaluation mode.
-
-    Only `FIELDS` of the config are used; no code of the model's folder is run. `location` is for error messages.
-    Raises UnsupportedError for another model type, BadInputError when transformers refuses the values.
-    """
-    family = str(config.get("model_type"))
-    if family not in FAMILIES:
-        raise UnsupportedError(f"{location}: cannot run model type {family!r}; it runs: {', '.join(sorted(FAMILIES))}")
-    transformers, accelerate = require("transformers"), require("accelerate")
-    config_class, model_class = FAMILIES[family]
-    fields = {key: plain(value) for key, value in config.items() if key in FIELDS}
-    try:
-        # no padding id: it may lie outside the vocabulary, and nothing is padded
-        settings = getattr(transformers, config_class)(**fields, pad_token_id=None, use_cache=False)
-        settings._attn_implementation = "sdpa"
-        settings._experts_implementation = "eager"  # one product per expert, as statistics need it
-        with accelerate.init_empty_weights(include_buffers=False):
-            return getattr(transformers, model_class)(settings).eval()
-    except Exception as error:  # the config is foreign data, and transformers raises whatever it trips over
-        raise BadInputError(f"{location}: config.json does not describe a {family} model: {error}") from error
+def _equal(one: Any, other: Any, torch: Any) -> bool:
+    """Whether two nests of arguments hold the same values."""
+    if one is other:
+        return True
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.shape == other.shape and bool(torch.equal(one, other))
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key], torch) for key in one)
+    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
+        return len(one) == len(other) and all(_equal(*pair, torch) for pair in zip(one, other, strict=True))
+    return type(one) in (int, float, bool, str) and bool(one == other)
 
 
 @dataclass
@@ -119,7 +80,8 @@ class StreamedModel:
 
     Memory: the float32 weights of one block (or of the head), the norms, and the hidden states of all batches.
     `module` is the `transformers` model, `places` tells where in its parameters the Linears of the blocks lie (by
-    name). `config` replaces the checkpoint's own where its files hold none.
+    name), `stored` what the checkpoint calls the parameters that it stores on their own. `config` replaces the
+    checkpoint's own where its files hold none.
     Raises BadInputError when a parameter of the model is missing from the checkpoint or has another shape.
     """
 
@@ -134,18 +96,20 @@ class StreamedModel:
         self.architecture = architecture
         self.batch_tokens = batch_tokens
         settings = checkpoint.config if config is None else config
-        self._check_block_count(settings)
-        self.module = build_structure(settings, checkpoint.location)
+        self.module = build_structure(settings, checkpoint.location, len(checkpoint.names()))
         self._torch = require("torch")
-        self._layers = self.module.get_submodule(architecture.block_path)
-        self._embedding = self._name_of(self.module.get_input_embeddings())
-        self._head = self._name_of(self.module.get_output_embeddings())
+        self._layers = self._find_blocks()
+        self._embedding = self._path_of(self.module.get_input_embeddings()) + ".weight"
+        head = self.module.get_output_embeddings()
+        self._head = None if head is None else self._path_of(head) + ".weight"
         self._hollow = dict(self.module.named_parameters(remove_duplicate=False))
         shapes = {name: tuple(parameter.shape) for name, parameter in self._hollow.items()}
         self.places = find_places(architecture, shapes, checkpoint.location)
+        self.stored = stored_names(self.module, checkpoint.names())
         self._sources = self._bind(shapes)
         self.module.get_input_embeddings().padding_idx = None
         self._fill([name for name in self._hollow if self._is_resident(name)])
+        self._returns_tuple = self._probe()
 
     @property
     def blocks(self) -> int:
@@ -153,12 +117,17 @@ class StreamedModel:
 
     @property
     def vocabulary(self) -> int:
-        return int(self._hollow[self._head].shape[0])
+        return int(self._hollow[self._head or self._embedding].shape[0])
+
+    @property
+    def embedding_module(self) -> str:
+        """Path of the module that looks tokens up."""
+        return self._embedding.removesuffix(".weight")
 
     @property
     def head_module(self) -> str:
-        """Path of the module that computes the logits."""
-        return self._head.removesuffix(".weight")
+        """Path of the module that computes the logits, "" when there is none."""
+        return (self._head or "").removesuffix(".weight")
 
     def embed(self, documents: Sequence[Sequence[int]]) -> list[Batch]:
         """The hidden states that enter block 0, and what each block is called with.
@@ -173,8 +142,9 @@ class StreamedModel:
         for group in group_documents(documents, self.batch_tokens):
             ids = np.array([documents[index] for index in group], dtype=np.int64)
             batch = self._embed_batch(group, ids)
-            # the arguments depend on the shape alone: one copy serves all batches of that shape
-            batch.calls = calls.setdefault(ids.shape, batch.calls)
+            # mostly the arguments depend on the shape alone: then one copy serves all batches of that shape
+            shared = calls.setdefault(ids.shape, batch.calls)
+            batch.calls = shared if _equal(shared, batch.calls, self._torch) else batch.calls
             yield batch
 
     @contextmanager
@@ -206,6 +176,10 @@ class StreamedModel:
         prefix = f"{self.architecture.block_path}.{index}."
         return {name.removeprefix(prefix): name for name in self._hollow if name.startswith(prefix)}
 
+    def parameter_of(self, tensor: str) -> str:
+        """The parameter that a tensor of the checkpoint fills on its own."""
+        return next((name for name, source in self._sources.items() if source == tensor), tensor)
+
     def read(self, name: str) -> Float32:
         """The source's values of a parameter of the model, float32 in its shape."""
         source = self._sources[name]
@@ -226,21 +200,41 @@ class StreamedModel:
                     sink.advance(batch.tokens / self.blocks)
 
     def head_input(self, states: Any) -> Any:
-        """What the head multiplies: `states` (documents, length, hidden) of the last block through the final norm."""
+        """What the head multiplies, for `states` (documents, length, hidden) after the last block.
+
+        Of a model without a head: its last states.
+        """
         with self._torch.no_grad(), self._intercept(lambda index, given, *_: states):
-            return self.module.base_model(inputs_embeds=states, use_cache=False).last_hidden_state
+            if self._head is None:
+                return self._run_outside(self.module.base_model, states.shape[:2]).last_hidden_state
+            caught: list[Any] = []
+            head = self.module.get_submodule(self.head_module)
+
+            def catch(entering: Any) -> Any:
+                caught.append(entering)
+                return entering
+
+            try:
+                head.forward = catch
+                self._run_outside(self.module, states.shape[:2])
+            finally:
+                vars(head).pop("forward", None)
+        return caught[0]
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Any], Float32]]:
         """A function from states (tokens, hidden) after the last block to logits (tokens, vocabulary), float32.
 
-        It bounds nothing: hand it at most `logit_rows` tokens at a time.
+        It bounds nothing: hand it at most `logit_rows` tokens at a time. Raises UnsupportedError for a model without
+        logits.
         """
+        if self._head is None:
+            raise UnsupportedError(f"{self.checkpoint.location}: {self.architecture.class_name} computes no logits")
 
         def logits(states: Any) -> Float32:
             batch = states[None]
             with self._torch.no_grad(), self._intercept(lambda index, given, *_: batch):
-                output = self.module(inputs_embeds=batch, use_cache=False).logits
+                output = self._run_outside(self.module, batch.shape[:2]).logits
             result: Float32 = output[0].numpy()
             return result
 
@@ -256,8 +250,8 @@ class StreamedModel:
         return max(1, LOGIT_ELEMENTS // self.vocabulary)
 
     def _embed_batch(self, group: tuple[int, ...], ids: np.ndarray[Any, np.dtype[np.int64]]) -> Batch:
-        used, local = np.unique(ids, return_inverse=True)
-        rows = self.checkpoint.spec(self._embedding).rows
+        used = np.unique(ids)
+        rows = self.checkpoint.spec(self._source_of_embedding).rows
         if used[0] < 0 or used[-1] >= rows:
             wrong = int(used[0] if used[0] < 0 else used[-1])
             raise UsageError(
@@ -271,17 +265,61 @@ class StreamedModel:
             calls.append((arguments, keywords))
             return given
 
-        try:
-            self._assign(self._embedding, self._embedding_rows(used))
-            with self._torch.no_grad(), self._intercept(record):
-                tokens = self._torch.from_numpy(local.reshape(ids.shape))
-                self.module.base_model(input_ids=tokens, use_cache=False)
-        finally:
-            self._empty([self._embedding])
+        with self._torch.no_grad(), self._intercept(record), self._embedding_of(used):
+            self.module.base_model(input_ids=self._torch.from_numpy(ids))
         return Batch(group, entering[0], calls)
 
+    @contextmanager
+    def _embedding_of(self, used: np.ndarray[Any, np.dtype[np.int64]] | None) -> Iterator[None]:
+        """While active the embedding has the rows of the ascending ids `used`; None: every id is a row of zeros."""
+        torch, width = self._torch, self._hollow[self._embedding].shape[1]
+        values = np.zeros((1, width), np.float32) if used is None else self._embedding_rows(used)
+        ids = None if used is None else torch.from_numpy(used)
+
+        def look_up(module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (torch.zeros_like(arguments[0]) if ids is None else torch.searchsorted(ids, arguments[0]),)
+
+        handle = self.module.get_input_embeddings().register_forward_pre_hook(look_up)
+        try:
+            self._assign(self._embedding, values)
+            yield
+        finally:
+            handle.remove()
+            self._empty([self._embedding])
+
+    def _run_outside(self, module: Any, shape: tuple[int, int]) -> Any:
+        """Run all but the blocks, which are intercepted, on `shape` (documents, length) tokens that mean nothing."""
+        with self._embedding_of(None):
+            return module(input_ids=self._torch.zeros(shape, dtype=self._torch.long))
+
+    def _probe(self) -> bool:
+        """Whether blocks return a tuple. Raises UnsupportedError unless each is called once, with what the one before
+        returned."""
+        reason = ""
+        for self._returns_tuple in (False, True):
+            given: list[tuple[int, Any]] = []
+
+            def answer(index: int, states: Any, *_: Any, given: list[tuple[int, Any]] = given) -> Any:
+                given.append((index, states.clone()))
+                return states
+
+            try:
+                with self._torch.no_grad(), self._intercept(answer):
+                    self._run_outside(self.module.base_model, (2, 3))
+            except Exception as error:  # modelling code trips over a wrong return value in any way it likes
+                reason = f": {error}"
+                continue
+            first = given[0][1] if given else None
+            in_order = [index for index, _ in given] == list(range(self.blocks))
+            if in_order and all(states.shape[:2] == (2, 3) and self._torch.equal(states, first) for _, states in given):
+                return self._returns_tuple
+        raise UnsupportedError(
+            f"{self.checkpoint.location}: the blocks of {self.architecture.class_name} are not called one after the "
+            f"other{reason}"
+        )
+
     def _embedding_rows(self, used: np.ndarray[Any, np.dtype[np.int64]]) -> Float32:
-        source = self._embedding
+        source = self._source_of_embedding
         starts = np.flatnonzero(np.diff(used, prepend=used[0] - 2) != 1)
         runs = zip(used[starts], used[np.append(starts[1:], len(used)) - 1], strict=True)
         return np.concatenate([read_rows(self.checkpoint, source, int(first), int(last) + 1) for first, last in runs])
@@ -292,7 +330,8 @@ class StreamedModel:
 
         def stand_in(index: int) -> Callable[..., Any]:
             def forward(hidden_states: Any, *arguments: Any, **keywords: Any) -> Any:
-                return answer(index, hidden_states, arguments, keywords)
+                output = answer(index, hidden_states, arguments, keywords)
+                return (output,) if self._returns_tuple else output
 
             return forward
 
@@ -308,8 +347,24 @@ class StreamedModel:
         inside = name.startswith(self.architecture.block_path + ".")
         return not inside and name not in (self._embedding, self._head)
 
-    def _name_of(self, module: Any) -> str:
-        return next(f"{name}.weight" for name, found in self.module.named_modules() if found is module)
+    def _path_of(self, module: Any) -> str:
+        return next(str(name) for name, found in self.module.named_modules() if found is module)
+
+    def _find_blocks(self) -> Any:
+        try:
+            return self.module.get_submodule(self.architecture.block_path)
+        except AttributeError:
+            raise UnsupportedError(
+                f"{self.checkpoint.location}: a model of type {self.module.config.model_type!r} has no blocks at "
+                f"{self.architecture.block_path}"
+            ) from None
+
+    @property
+    def _source_of_embedding(self) -> str:
+        source = self._sources[self._embedding]
+        if not isinstance(source, str):
+            raise UnsupportedError(f"{self.checkpoint.location}: the embedding is not stored as one matrix")
+        return source
 
     def _bind(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str | tuple[Linear, ...]]:
         """Parameter of the model -> tensor of the checkpoint, or the Linears that fill it; all shapes checked."""
@@ -319,7 +374,7 @@ class StreamedModel:
             fillers.setdefault(place.parameter, []).append(self.architecture.by_name[name])
         sources: dict[str, str | tuple[Linear, ...]] = {}
         for name, shape in shapes.items():
-            source = self._embedding if name == self._head and self.architecture.tied else name
+            source = self.stored.get(name, self.module.all_tied_weights_keys.get(name, name))
             if source in known or name not in fillers:
                 self._check_shape(source, shape, known)
                 sources[name] = source
@@ -347,15 +402,6 @@ class StreamedModel:
         if sum(linear.shape[0] * linear.shape[1] for linear in linears) != math.prod(shape):
             raise BadInputError(
                 f"{self.checkpoint.location}: the tensors of {name} do not add up to {shape}, as config.json asks for"
-            )
-
-    def _check_block_count(self, config: Mapping[str, Any]) -> None:
-        """Refuse a config that claims more blocks than there are tensors, before anything is built from it."""
-        claimed = config.get("num_hidden_layers", 0)
-        if not isinstance(claimed, int) or claimed > len(self.checkpoint.names()):
-            raise BadInputError(
-                f"{self.checkpoint.location}: config.json claims num_hidden_layers {claimed!r}, "
-                f"the checkpoint holds {len(self.checkpoint.names())} tensors"
             )
 
     def _assign(self, name: str, values: Float32) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from anyquant.core.errors import BadInputError, UnsupportedError, UsageError
 from anyquant.core.extras import require
-from anyquant.models.streaming import FAMILIES
+from anyquant.models.building import FAMILIES
 from anyquant.runtimes.base import Logits, sample
 
 TOKENIZER = "tokenizer.json"
