@@ -2,8 +2,8 @@
 
     python evaluate.py --model MODEL --text TEXT --results results.jsonl FOLDER ...
 
-Plain float32 `transformers`, log-softmax in float64; windows of 512 tokens, nothing added in front. A folder's `run.json`
-(written by the peer's run) is completed and appended to the results; the KL of each window lies in `kl.json`.
+Plain float32 `transformers`, log-softmax in float64; windows of 512 tokens, nothing added in front. A folder's
+`run.json` (written by the peer's run) is completed and appended to the results; each window's KL lies in `kl.json`.
 """
 
 import argparse
@@ -46,7 +46,9 @@ def main() -> None:
     original = load(arguments.model)
     for folder in arguments.folders:
         means = np.array(window_kl(original, load(folder), tokens))
-        line = json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else {"folder": str(folder)}
+        line = (
+            json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else {"folder": str(folder)}
+        )
         line["kl"] = float(means.mean())
         line["kl_stderr"] = float(means.std(ddof=1) / np.sqrt(len(means)))
         line["kl_first_20"] = float(means[:20].mean())
