@@ -52,6 +52,7 @@ def test_propagation_lowers_the_error_of_the_output() -> None:
         output_error(quantize(replace(TASK, options={"propagation": kind})).decode())
         for kind in ("none", "gptaq", "qronos")
     )
+    assert qronos == output_error(quantize(TASK).decode())
     assert qronos < gptaq < plain
     assert qronos < 0.7 * plain
 

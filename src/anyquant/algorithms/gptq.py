@@ -12,7 +12,7 @@ from anyquant.algorithms.base import Algorithm, Task, complete_options
 from anyquant.algorithms.error_feedback import STEERINGS, GridRounder, feed_errors_back
 from anyquant.algorithms.hessian import ORDERS, Factor, Route, factor, hessian_of
 from anyquant.algorithms.on_grid import OnGrid, parameter_span, refittable
-from anyquant.algorithms.propagation import KINDS, best_target
+from anyquant.algorithms.propagation import KINDS, best_target, deviation_known
 from anyquant.algorithms.refine import refine
 from anyquant.core.corrections import Mask
 from anyquant.core.dtypes import Float32
@@ -22,28 +22,29 @@ from anyquant.core.qtensor import QTensor
 
 DEFAULTS = {
     "dampening": 0.01,
-    "order": "natural",
+    "order": "auto",
     "groups": "dynamic",
     "steering": "conditional",
     "block": 128,
     "refine": 0,
-    "propagation": "none",
+    "propagation": "auto",
     "mixing": 1.0,
 }
-CHOICES = {"order": ORDERS, "groups": ("dynamic", "static"), "steering": STEERINGS, "propagation": KINDS}
+CHOICES = {"order": ("auto", *ORDERS), "groups": ("dynamic", "static"), "steering": STEERINGS, "propagation": KINDS}
 
 
 def quantize(task: Task) -> QTensor:
     """Options, all of which have a default:
 
     `dampening`: what is added to the Hessian's diagonal, relative to its mean. `order` in which columns are handled:
-    "natural", "activation" (most important first), "groups" (whole groups, most important first, and so within them).
+    "natural", "activation" (most important first), "groups" (whole groups, most important first, and so within them);
+    "auto" is "groups", but "natural" with a mask, as in SparseGPT, which loses less there.
     `groups`: "dynamic" fits parameters when their columns are reached, "static" all beforehand, as it must be for
     parameters that reach over all columns, and for the first pass in order "activation". `steering` of dynamic fits:
     the importance is the Hessian's "diagonal", or "conditional": what is left of it once the columns behind adapt.
     `block`: columns handled between corrections of the rest. `refine`: sweeps that choose codes and, where groups are
-    dynamic, parameters anew given all others. `propagation`: "none", "gptaq" or "qronos", and `mixing`, how much of
-    what these add to the weights.
+    dynamic, parameters anew given all others. `propagation`: "none", "gptaq", "qronos", or "auto", which is the latter
+    where the float model's inputs are known; and `mixing`, how much of what these add to the weights.
 
     Raises UsageError for a bad option or missing statistics, BadInputError for a Hessian that cannot be one,
     UnsupportedError when the shape cannot lie on the grid.
@@ -78,6 +79,8 @@ def notes(task: Task) -> tuple[str, ...]:
     said = []
     if found.dampening > options["dampening"]:
         said.append(f"dampening raised from {options['dampening']:g} to {found.dampening:g}")
+    if options["propagation"] == "auto" and not deviation_known(task):
+        said.append("the float model's inputs are unknown: errors of earlier layers are not made up for")
     if found.dead.any():
         said.append(f"{int(found.dead.sum())} input channels were always 0")
     return tuple(said)
@@ -106,6 +109,8 @@ def _route(task: Task, options: dict[str, Any]) -> Route:
     """Spans stay together unless they are static and the order breaks them up."""
     span = parameter_span(task.grid, task.shape[1])
     order, unit = options["order"], task.grid.vector
+    if order == "auto":
+        order = "groups" if task.keep is None else "natural"
     if order == "activation" or span == task.shape[1]:
         return Route(order, unit, unit, options["block"])
     return Route(order, unit, span, options["block"])
@@ -122,4 +127,11 @@ def _masked(target: Float32, task: Task) -> Float32:
     return target if task.keep is None else np.where(task.keep, target, np.float32(0))
 
 
-ALGORITHM = Algorithm("gptq", needs=frozenset({"hessian"}), options=DEFAULTS, quantize=quantize)
+CROSS = frozenset({"cross"})
+ALGORITHM = Algorithm(
+    "gptq",
+    needs=frozenset({"hessian"}),
+    options=DEFAULTS,
+    quantize=quantize,
+    option_needs={"propagation": {"auto": CROSS, "gptaq": CROSS, "qronos": CROSS}},
+)

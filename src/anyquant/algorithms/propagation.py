@@ -13,6 +13,9 @@ behind it only. With U the upper Cholesky factor of H^-1 and M the strictly uppe
 
 where we take the original weights for the deviations W P, not those that feedback has changed by then. H is damped as
 for the feedback, C - H is not: with more dampening T falls back to W. `mixing` multiplies what is added to W.
+
+A matrix whose output is added to a stream r can make up for what the stream has gone wrong by, too: with B = mean
+(r_F - r_X) x^T, the minimum of the mean of |r_F + W f - r_X - Q x|^2 adds B H^-1 to T.
 """
 
 from typing import Any
@@ -26,26 +29,40 @@ from anyquant.core.dtypes import Float32
 from anyquant.core.errors import BadInputError, UsageError
 from anyquant.core.extras import require
 
-KINDS = ("none", "gptaq", "qronos")
+KINDS = ("auto", "none", "gptaq", "qronos")
 
 
 def best_target(task: Task, factor: Factor, kind: str, mixing: float) -> Float32:
-    """T (rows, in), in logical order. Raises UsageError without `stats.cross`, BadInputError when it is damaged."""
-    if kind == "none":
+    """T (rows, in), in logical order; "auto" is "qronos" where `stats.cross` is known, else "none".
+
+    Raises UsageError without the statistics, BadInputError when they are damaged.
+    """
+    if kind == "none" or (kind == "auto" and not deviation_known(task)):
         return task.weights
+    torch = require("torch")
     hessian = hessian_of(task.stats, task.shape[1], task.place, "gptq")
     if task.stats is None or task.stats.cross is None:
         raise UsageError(f"{task.place}: propagation {kind} needs the float inputs, too; calibrate with a text")
-    cross = task.stats.cross
-    if cross.shape != hessian.shape or not np.isfinite(cross).all():
-        raise BadInputError(f"{task.place}: the cross moments are not finite or of shape {hessian.shape}")
-    added = task.stats.once(
-        ("propagation", kind, factor.route, factor.dampening), lambda: _matrix(kind, cross, hessian, factor)
-    )
-    torch = require("torch")
+    cross = _sound(task.stats.cross, hessian.shape, "cross moments", task.place)
+    named = "qronos" if kind == "auto" else kind
+    key = ("propagation", named, factor.route if named == "gptaq" else None, factor.dampening)
+    added = task.stats.once(key, lambda: _matrix(named, cross, hessian, factor))
     wanted = torch.addmm(torch.from_numpy(task.weights), torch.from_numpy(task.weights), added, alpha=mixing)
     result: Float32 = wanted.numpy()
     return result
+
+
+def deviation_known(task: Task) -> bool:
+    """Whether the statistics tell how the inputs deviate from those of the float model."""
+    return task.stats is not None and task.stats.cross is not None
+
+
+def _sound(array: Float32, shape: tuple[int, ...], what: str, place: str) -> Float32:
+    if array.shape != shape:
+        raise BadInputError(f"{place}: the {what} have shape {array.shape}, expected {shape}; calibrate again")
+    if not np.isfinite(array).all():
+        raise BadInputError(f"{place}: the {what} are not finite; calibrate again")
+    return array
 
 
 def _matrix(kind: str, cross: Float32, hessian: Float32, factor: Factor) -> Any:
