@@ -47,9 +47,8 @@ def quantize(task: Task) -> QTensor:
     beta = float(options["beta"])
     for _ in range(options["iterations"]):
         unit = UNIT * np.sqrt((error**2).mean(axis=1, keepdims=True, dtype=np.float64)).astype(np.float32)
-        params = grid.fit(
-            weights - unit * shrink(error / np.where(unit > 0, unit, np.float32(1)), beta, p), None, shared
-        )
+        moved: Float32 = unit * shrink((error / np.where(unit > 0, unit, 1)).astype(np.float32), beta, p)
+        params = grid.fit(weights - moved, None, shared)
         error = _error(grid, weights, params)
         lost = tiles.sums(error, p)
         tiles.take(best, params, lost < least)
