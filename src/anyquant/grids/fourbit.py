@@ -5,11 +5,11 @@ E), FP4 is a sign and eight magnitudes; both in bitsandbytes' order of codes. Th
 flattened tensor; where the number of columns is a multiple of the group, as here, these are the same groups.
 
 With "-double" the maxima are quantized, too: absmax = nested * map[code] + offset, with bitsandbytes' dynamic 8-bit
-map, one float32 `nested` per 256 maxima and an offset, their mean. There the blocks of 256 run over the flattened tensor and
-the offset is the tensor's; here both belong to a row, so that rows are independent. What can be converted exactly:
-from bitsandbytes, a tensor whose blocks of 256 maxima do not end inside a row, or hold whole rows (columns / group
-divides 256 or is a multiple of it); to bitsandbytes, always, as float32 maxima without double quantization, and with
-it where columns / group is a multiple of 256 and all rows have the same offset.
+map, one float32 `nested` per 256 maxima and an offset, their mean. There the blocks of 256 run over the flattened
+tensor and the offset is the tensor's; here both belong to a row, so that rows are independent. What can be converted
+exactly: from bitsandbytes, a tensor where columns / group divides 256 or is a multiple of it (a block of maxima then
+holds whole rows or lies in one); to bitsandbytes, always, as float32 maxima without double quantization, and with it
+where columns / group is a multiple of 256 and all rows have the same offset.
 """
 
 import re
