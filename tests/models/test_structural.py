@@ -1,5 +1,6 @@
 """Model types without a class here: structure, logits and statistics against plain transformers."""
 
+import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ def test_statistics_equal_hooks_on_the_whole_model(folders: dict[str, Path], mod
     checkpoint = open_checkpoint(folders[model_type])
     chain = Chain(StreamedModel(checkpoint, detect(checkpoint)), DOCUMENTS)
     needs = frozenset({"hessian"})
-    found = {}
+    found: dict[str, Any] = {}
     for index in range(3):
         with chain.block(index) as live:
             for linear in live.linears:
@@ -201,11 +202,38 @@ def test_what_cannot_be_described_is_refused(folders: dict[str, Path], tmp_path:
         detect(Altered(checkpoint, {"num_attention_heads": 5}))
     settings: dict[str, Any] = {**SMALL, "intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2}
     config = transformers.CONFIG_MAPPING["olmoe"](**settings)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(
-        tmp_path / "olmoe", save_original_format=False
-    )
-    with pytest.raises(UnsupportedError, match=r"experts\.gate_up_proj holds several matrices in one parameter"):
+    transformers.OlmoeForCausalLM(config).save_pretrained(tmp_path / "olmoe")  # type: ignore[no-untyped-call]
+    with pytest.raises(UnsupportedError, match=r"experts\.gate_up_proj holds several matrices \(experts\)"):
         detect(open_checkpoint(tmp_path / "olmoe"))
+    odd = open_checkpoint(make(tmp_path / "odd", "gemma2", num_key_value_heads=3))
+    with pytest.raises(BadInputError, match=r"model\.layers\.0 cannot be run"):
+        detect(odd)
+
+
+def test_an_encoder_without_a_head(folders: dict[str, Path], tmp_path: Path) -> None:
+    """BERT in its first names, with what its files held besides; the statistics behind it are of its last states."""
+    torch.manual_seed(3)
+    model = transformers.BertModel(whole(folders["bert"], "bert").config).eval()  # type: ignore[no-untyped-call]
+    state = {name.replace("LayerNorm.weight", "LayerNorm.gamma"): value for name, value in model.state_dict().items()}
+    state = {name.replace("LayerNorm.bias", "LayerNorm.beta"): value for name, value in state.items()}
+    state |= {"embeddings.position_ids": torch.arange(64)[None], "cls.seq_relationship.bias": torch.zeros(2)}
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    config = json.loads((folders["bert"] / "config.json").read_text()) | {"architectures": ["BertModel"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    checkpoint = open_checkpoint(tmp_path)
+    architecture = detect(checkpoint)
+    assert set(architecture.unused) == {"embeddings.position_ids", "cls.seq_relationship.bias"}
+    assert "head" not in architecture.by_name and architecture.class_name == "BertModel"
+    chain = Chain(StreamedModel(checkpoint, architecture), DOCUMENTS)
+    for index in range(3):
+        with chain.block(index) as live:
+            live.advance()
+    with torch.no_grad():
+        states = torch.cat([model(torch.tensor([document])).last_hidden_state[0] for document in DOCUMENTS])
+    found = chain.head(frozenset())
+    np.testing.assert_allclose(found.second_moment, states.square().mean(0).numpy(), rtol=1e-4)
+    with pytest.raises(UnsupportedError, match="BertModel computes no logits"), chain.model.head():
+        pass
 
 
 def test_foreign_switches_never_reach_transformers(folders: dict[str, Path]) -> None:

@@ -11,7 +11,8 @@ from anyquant.calibrate.stats import Moments, Running
 from anyquant.calibrate.watch import rows_of
 from anyquant.core.errors import AnyQuantError, UsageError
 from anyquant.core.progress import Progress, Silent
-from anyquant.models.streaming import Batch, StreamedModel, group_documents
+from anyquant.models.batches import Batch, group_documents
+from anyquant.models.streaming import StreamedModel
 
 
 class Chain:

@@ -11,7 +11,8 @@ from anyquant.core.dtypes import Float32
 from anyquant.core.errors import AnyQuantError
 from anyquant.core.extras import require
 from anyquant.core.linear import Carried, Linear
-from anyquant.models.streaming import Batch, StreamedModel
+from anyquant.models.batches import Batch
+from anyquant.models.streaming import StreamedModel
 
 NOTHING: frozenset[str] = frozenset()
 
@@ -78,7 +79,8 @@ class LiveBlock:
         """Statistics of what enters `linears` (all of the block), by input group: one pass with the weights of now.
 
         "cross" takes a second pass, of the unquantized states through the float weights; experts get there the tokens
-        that the quantized states route to them. Raises BadInputError for activations that are not finite.
+        that the quantized states route to them. Experts are observed all together, or not at all: one that no token
+        reached has the average of the others. Raises BadInputError for activations that are not finite.
         """
         return self._observe(needs, linears, keep=False)
 

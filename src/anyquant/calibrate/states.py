@@ -13,7 +13,7 @@ import numpy as np
 from anyquant.core.dtypes import Float32
 from anyquant.core.errors import BadInputError
 from anyquant.core.extras import require
-from anyquant.store.system import SYSTEM, reading, writing
+from anyquant.store.system import SYSTEM, reading, sync_folder, writing
 
 PIECE = 1 << 24  # bytes read and hashed at once
 
@@ -56,6 +56,7 @@ def save(path: Path, chains: Sequence[States]) -> str:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
+            sync_folder(SYSTEM, path.parent)
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)

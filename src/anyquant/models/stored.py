@@ -12,6 +12,7 @@ from anyquant.core.errors import UnsupportedError
 LEFTOVERS = {
     ".rotary_emb.inv_freq": "rotary frequencies, computed from the config",
     ".masked_bias": "a constant of old attention code",
+    ".position_ids": "positions, which are counted",
 }
 # End of a tensor name -> the method that stores weights under such names.
 QUANTIZED = {

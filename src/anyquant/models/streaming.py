@@ -8,7 +8,6 @@ list, so no model family needs a class here. Everything is float32; there is no 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,59 +19,12 @@ from anyquant.core.extras import require
 from anyquant.core.linear import Linear
 from anyquant.core.progress import Progress, Silent
 from anyquant.models.architecture import Architecture
+from anyquant.models.batches import Batch, group_documents, same_arguments
 from anyquant.models.building import build_structure, stored_names
 from anyquant.models.placement import find_places
 
 BATCH_TOKENS = 2048  # tokens that go through a block at once: enough for full speed, little memory
 LOGIT_ELEMENTS = 1 << 25  # elements of the largest (tokens, vocabulary) matrix: 128 MiB
-
-
-def _equal(one: Any, other: Any, torch: Any) -> bool:
-    """Whether two nests of arguments hold the same values."""
-    if one is other:
-        return True
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one.shape == other.shape and bool(torch.equal(one, other))
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(_equal(one[key], other[key], torch) for key in one)
-    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
-        return len(one) == len(other) and all(_equal(*pair, torch) for pair in zip(one, other, strict=True))
-    return type(one) in (int, float, bool, str) and bool(one == other)
-
-
-@dataclass
-class Batch:
-    """Documents of one length on their way through the blocks.
-
-    `documents` are indices into the caller's sequence, `states` a float32 tensor (documents, length, hidden).
-    `calls` holds per block the further positional and keyword arguments of its call.
-    """
-
-    documents: tuple[int, ...]
-    states: Any
-    calls: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]]
-
-    @property
-    def tokens(self) -> int:
-        return int(self.states.shape[0] * self.states.shape[1])
-
-
-def group_documents(documents: Sequence[Sequence[int]], batch_tokens: int) -> list[tuple[int, ...]]:
-    """Indices of documents of equal length, at most `batch_tokens` tokens each but at least one document.
-
-    Equal lengths need no padding, so a document's result does not depend on its neighbours' lengths.
-    Raises UsageError for an empty document.
-    """
-    by_length: dict[int, list[int]] = {}
-    for index, document in enumerate(documents):
-        if not len(document):
-            raise UsageError(f"document {index} has no tokens")
-        by_length.setdefault(len(document), []).append(index)
-    groups = []
-    for length, indices in sorted(by_length.items()):
-        size = max(1, batch_tokens // length)
-        groups += [tuple(indices[start : start + size]) for start in range(0, len(indices), size)]
-    return groups
 
 
 class StreamedModel:
@@ -144,7 +96,7 @@ class StreamedModel:
             batch = self._embed_batch(group, ids)
             # mostly the arguments depend on the shape alone: then one copy serves all batches of that shape
             shared = calls.setdefault(ids.shape, batch.calls)
-            batch.calls = shared if _equal(shared, batch.calls, self._torch) else batch.calls
+            batch.calls = shared if same_arguments(shared, batch.calls, self._torch) else batch.calls
             yield batch
 
     @contextmanager

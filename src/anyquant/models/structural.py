@@ -4,17 +4,18 @@ For model types without a row in models.families. Matrices are the weights of Li
 which are stored the other way round) inside the blocks; everything else is carried over in float.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from anyquant.core.checkpoint import Checkpoint
-from anyquant.core.errors import UnsupportedError
+from anyquant.core.errors import BadInputError, UnsupportedError
 from anyquant.core.extras import require
 from anyquant.core.linear import Carried, Linear, Role, View
 from anyquant.models.architecture import Architecture, Dimensions
-from anyquant.models.building import block_list, build_structure
+from anyquant.models.building import block_list, build_structure, stored_names
 from anyquant.models.config import refuse_quantized as refuse_quantized_config
 from anyquant.models.families import FAMILIES, HEAD_INPUT
 from anyquant.models.stored import leftovers, refuse_quantized, same_values
@@ -22,6 +23,7 @@ from anyquant.models.streaming import StreamedModel
 
 PREFIX = "transformers:"  # of the family of such an architecture
 PROBE = [[0, 1]]  # token ids that every vocabulary has
+CONSTANT = "a constant, which transformers computes"
 STACK = 8  # both sides of a matrix in a 3-D parameter are longer than this, of a convolution they are not
 
 # Last name of a module -> role, by where it is. A fused projection has the role of its first part.
@@ -66,9 +68,13 @@ def describe(checkpoint: Checkpoint) -> Architecture:
     where, names = checkpoint.location, set(checkpoint.names())
     refuse_quantized_config(checkpoint.config, where)
     unused = leftovers(names)
-    refuse_quantized(checkpoint, names - unused.keys())
     module = build_structure(checkpoint.config, where, len(names))
     path = block_list(module, where)
+    others = names - set(stored_names(module, names).values())
+    ignored = module._keys_to_ignore_on_load_unexpected or ()
+    unused |= {name: CONSTANT for name in sorted(others) if any(re.search(pattern, name) for pattern in ignored)}
+    refuse_quantized(checkpoint, names - unused.keys())
+    _refuse_stacks(module, path, where)
     blank = Architecture(
         family=PREFIX + str(checkpoint.config["model_type"]),
         class_name=type(module).__name__,
@@ -92,7 +98,6 @@ class _Parts:
     def __init__(self, model: StreamedModel, path: str) -> None:
         self._path, self._names = path, model.stored
         self._shapes = {name: tuple(p.shape) for name, p in model.module.named_parameters(remove_duplicate=False)}
-        self._where = model.checkpoint.location
         self._blocks = _find_matrices(model)
         self._embedding = model.embedding_module
         self._head = model.head_module
@@ -125,15 +130,8 @@ class _Parts:
             seen.add(tensor)
             inside = name.removeprefix(f"{self._path}.") if name.startswith(f"{self._path}.") else ""
             block = int(inside.partition(".")[0]) if inside else None
-            if block is not None and len(shape) > 2 and min(shape[-2:]) > STACK:
-                raise UnsupportedError(
-                    f"{self._where}: {name} holds several matrices in one parameter, which is not supported for this "
-                    "model type; nothing is left in float in silence"
-                )
-            length = 1
-            for size in shape:
-                length *= size
-            yield Carried(f"blocks.{inside}" if inside else name, self._role(name), tensor, 0, length, block)
+            own = f"blocks.{inside}" if inside else name
+            yield Carried(own, self._role(name), tensor, 0, math.prod(shape), block)
 
     def _edge(self, name: str, role: Role, module: str, group: str) -> Linear:
         rows, columns = self._shapes[f"{module}.weight"]
@@ -179,7 +177,12 @@ def _find_matrices(model: StreamedModel) -> list[list[Found]]:
         modules = {name: found for name, found in block.named_modules() if isinstance(found, kinds)}
         signature = (*shapes.items(), *modules)
         if signature not in known:
-            inputs = _run(model, index, block, batch, modules)
+            try:
+                inputs = _run(model, index, block, batch, modules)
+            except Exception as error:  # of the modelling code, which the config did not fit
+                raise BadInputError(
+                    f"{model.checkpoint.location}: {model.architecture.block_path}.{index} cannot be run: {error}"
+                ) from error
             missed = modules.keys() - inputs.keys()
             if missed:
                 raise UnsupportedError(
@@ -225,11 +228,19 @@ def _run(model: StreamedModel, index: int, block: Any, batch: Any, modules: Mapp
     return order
 
 
+def _refuse_stacks(module: Any, path: str, where: str) -> None:
+    for name, parameter in module.named_parameters():
+        if name.startswith(f"{path}.") and parameter.dim() > 2 and min(parameter.shape[-2:]) > STACK:
+            raise UnsupportedError(
+                f"{where}: {name} holds several matrices (experts) in one parameter, which is not supported for this "
+                "model type; nothing is left in float in silence"
+            )
+
+
 def _unused(model: StreamedModel, names: set[str]) -> dict[str, str]:
     """Tensors that the model class has no parameter for -> why they are left out."""
     checkpoint, module = model.checkpoint, model.module
     stored_buffers = module.state_dict().keys() - {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    ignored = [re.compile(pattern) for pattern in module._keys_to_ignore_on_load_unexpected or ()]
     ties: Mapping[str, str] = module.all_tied_weights_keys
     reasons = {}
     for name in sorted(names):
@@ -243,8 +254,6 @@ def _unused(model: StreamedModel, names: set[str]) -> dict[str, str]:
                     "false in a copy of config.json if both are meant"
                 )
             reasons[name] = f"tied to {source}, and equal to it"
-        elif any(pattern.search(name) for pattern in ignored):
-            reasons[name] = "a constant, which transformers computes"
         else:
             reasons[name] = f"{type(module).__name__} of transformers has no place for it"
     return reasons
