@@ -155,15 +155,40 @@ def test_refined_to_the_end_no_code_can_be_improved(chosen: Grid) -> None:
     )
 
 
-def test_refinement_never_makes_a_row_worse() -> None:
-    for chosen in (grid("q4_k"), Pairs(), without_lattice(grid("int4-g128"))):
-        last = np.full(ROWS, np.inf)
-        for sweeps in range(4):
-            found = quantize(Task(WEIGHTS, chosen, STATS, {"refine": sweeps}))
-            residual = WEIGHTS.astype(np.float64) - found.decode()
-            losses = (residual @ SQUARE * residual).sum(1)
-            assert (losses <= last * (1 + 1e-5)).all()
-            last = losses
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        grid("q4_k"),
+        Pairs(),
+        without_lattice(grid("int4-g128")),
+        grid("fp8_e4m3-block"),
+        grid("nvfp4"),
+        grid("int3-tensor"),
+    ],
+    ids=lambda chosen: str(chosen.name),
+)
+def test_refinement_never_makes_a_row_block_worse(chosen: Grid) -> None:
+    last = np.full(ROWS, np.inf)
+    for sweeps in range(4):
+        found = quantize(Task(WEIGHTS, chosen, STATS, {"refine": sweeps}))
+        residual = WEIGHTS.astype(np.float64) - found.decode()
+        losses = (residual @ SQUARE * residual).sum(1)
+        if chosen.name == "fp8_e4m3-block":  # 128 rows share a scale
+            losses = losses.reshape(-1, 128).sum(1)
+        assert (losses <= last * (1 + 1e-5)).all()
+        last = losses
+
+
+@pytest.mark.parametrize(
+    "name", ["int4-channel", "int4-tensor", "nvfp4", "mxfp4", "fp8_e4m3-block", "iq3_s", "codebook3"]
+)
+def test_parameters_of_every_reach(name: str) -> None:
+    chosen = grid(name)
+    shared = chosen.prepare(float(np.abs(WEIGHTS).max())) or None
+    task = Task(WEIGHTS, chosen, STATS, shared=shared)
+    rounded = loss(WEIGHTS - round_to_nearest(task).decode(), HESSIAN)
+    assert loss(WEIGHTS - quantize(task).decode(), HESSIAN) < 0.5 * rounded
+    np.testing.assert_array_equal(quantize(replace(task, shared=None)).codes, quantize(task).codes)
 
 
 def test_dead_channels_are_rounded_and_send_no_error() -> None:

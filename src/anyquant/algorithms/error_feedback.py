@@ -128,7 +128,7 @@ def round_columns(
 
     owners = (logical - (slot.first if slot else 0)) // lattice.width
     found, values = np.empty(weights.shape, dtype=np.int16), np.empty_like(weights)
-    columns.feed_back(weights, upper, columns.points(lattice), owners, keep, (found, values))
+    columns.feed_back(weights, upper, columns.points(lattice, len(weights)), owners, keep, (found, values))
     state.codes[:, logical] = lattice.codes[found]
     return values
 

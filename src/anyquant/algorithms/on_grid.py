@@ -69,12 +69,10 @@ class OnGrid:
     def put(self, slot: Slot, rows: npt.NDArray[np.bool_] | None = None) -> None:
         """Take over the parameters of `slot`, for `rows` (rows,) only; these never part rows that share one."""
         self._nearby = self._known = None
+        per_row = {p.name: p.rows for p in self.grid.parameters if p.scope is Scope.BLOCK}
         for name, array, where in self._parts(slot.first, slot.last):
-            if rows is None:
-                array[where] = slot.params[name]
-            else:
-                per_row = next(p.rows for p in self.grid.parameters if p.name == name)
-                chosen = rows[::per_row]
+            if name in per_row:
+                chosen = slice(None) if rows is None else rows[:: per_row[name]]
                 array[where][chosen] = slot.params[name][chosen]
 
     def _parts(self, first: int, last: int) -> list[tuple[str, npt.NDArray[Any], tuple[slice, slice]]]:

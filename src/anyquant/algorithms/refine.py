@@ -141,7 +141,7 @@ def _descend(work: Descent, slot: Slot | None, at: slice, pull: Float32) -> Floa
     owners = (np.arange(at.start, at.stop) - (slot.first if slot else 0)) // lattice.width
     values = np.ascontiguousarray(work.values[:, at])
     found = np.empty(values.shape, dtype=np.int16)
-    columns.descend(pull, inner, columns.points(lattice), owners, keep, (found, values))
+    columns.descend(pull, inner, columns.points(lattice, len(values)), owners, keep, (found, values))
     work.values[:, at] = values
     work.state.codes[:, at] = lattice.codes[found]
     return pull

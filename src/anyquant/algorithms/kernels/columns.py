@@ -32,11 +32,16 @@ class Points(NamedTuple):
     uniform: bool
 
 
-def points(lattice: Lattice) -> Points:
-    """The same values; a code is replaced by its place among the levels."""
+def points(lattice: Lattice, rows: int) -> Points:
+    """The same values; a code is replaced by its place among the levels. What all rows share is repeated."""
     levels = np.ascontiguousarray(np.atleast_2d(lattice.levels), dtype=np.float32)
     middles = (levels[:, :-1] + levels[:, 1:]) / np.float32(2)
-    scale, shift = (np.ascontiguousarray(array, dtype=np.float32) for array in (lattice.scale, lattice.shift))
+    scale, shift = (
+        np.ascontiguousarray(np.broadcast_to(array, (rows, array.shape[1])), dtype=np.float32)
+        for array in (lattice.scale, lattice.shift)
+    )
+    if len(levels) not in (1, rows):
+        raise ValueError(f"a lattice has levels for {len(levels)} rows, the matrix has {rows}")
     return Points(levels, middles, scale, shift, lattice.uniform)
 
 
