@@ -17,7 +17,7 @@ from anyquant.grids.minifloat import Rounding
 Single = Any  # one float32: mypy knows no type that is both NumPy's scalar and what its arithmetic gives
 Bytes = npt.NDArray[np.uint8]
 
-CHUNK = 64
+CHUNK, LANES = 64, 64
 FEW = 8  # columns that are not worth a slice per row
 ZERO, ONE = np.float32(0), np.float32(1)
 FAST = {"nnan", "nsz"}  # neither moves a rounding
@@ -150,17 +150,11 @@ def least_squares(u: Float32, w: Float32, scale: Single, to: Rounding) -> Any:
 
 
 @njit(nogil=True, cache=CACHE, error_model="numpy")
-def best_place(
-    u: Float32, w: Float32, scales: Float32, plain: Any, reach: tuple[int, int], kinds: Any, parts: Float32
-) -> Any:
-    """The place in `scales` of least error: near `plain`, or where least squares leads. `u` are relative to the
-    largest magnitude, the last of `kinds`."""
+def refined(u: Float32, w: Float32, scales: Float32, start: Any, kinds: Any, parts: Float32) -> Any:
+    """The place in `scales` where least squares leads from `start` while that lowers the error. `u` are relative to
+    the largest magnitude, the last of `kinds`."""
     to, to_scale, unit, largest = kinds
-    best, least = plain, error(u, w, scales[plain] / largest, to, parts)
-    for near in range(max(plain - reach[0], 0), min(plain + reach[1], scales.size - 1) + 1):
-        left = error(u, w, scales[near] / largest, to, parts)
-        if left < least:
-            best, least = near, left
+    best, least = start, error(u, w, scales[start] / largest, to, parts)
     for _ in range(4):
         if scales[best] == ZERO:
             break
@@ -173,6 +167,37 @@ def best_place(
     return best
 
 
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
+def lane_errors(u: Float32, w: Float32, scale: Float32, to: Rounding, lost: Float32) -> None:
+    """`error` of groups that lie side by side: lane = group, u and w (size, LANES), the rest (LANES,)."""
+    inverse = np.empty(LANES, np.float32)
+    for lane in range(LANES):
+        lost[lane] = ZERO
+        inverse[lane] = ONE / scale[lane] if scale[lane] != ZERO else ZERO
+    for r in range(u.shape[0]):
+        own, weight = u[r], w[r]
+        for lane in range(LANES):
+            off = own[lane] - scale[lane] * to_value(own[lane] * inverse[lane], to)
+            lost[lane] += weight[lane] * off * off
+
+
+@njit(nogil=True, cache=CACHE, error_model="numpy")
+def side_by_side(source: Float32, steering: Float32, count: int, lanes: tuple[Float32, Float32, Float32]) -> None:
+    """`count` groups of a row to lanes: magnitudes relative to the largest one, importance, and that largest one."""
+    u, w, largest = lanes
+    size = u.shape[0]
+    u[:, count:], w[:, count:], largest[:] = ZERO, ZERO, ZERO
+    for lane in range(count):
+        for r in range(size):
+            u[r, lane], w[r, lane] = abs(source[lane * size + r]), steering[lane * size + r]
+    for r in range(size):
+        for lane in range(LANES):
+            largest[lane] = max(largest[lane], u[r, lane])
+    for r in range(size):
+        for lane in range(LANES):
+            u[r, lane] = u[r, lane] / largest[lane] if largest[lane] > ZERO else ZERO
+
+
 @njit(nogil=True, cache=CACHE, error_model="numpy")
 def group_scales(
     weights: Float32, importance: Float32, scales: Float32, reach: tuple[int, int], kinds: Any, out: Bytes
@@ -180,21 +205,39 @@ def group_scales(
     """Places in `scales` (ascending float32) of the scale of each group of weights (rows, in).
 
     Tried are the place nearest to max |w| / highest value, which wins if no other is better, its neighbours by `reach`
-    below and above, and where least squares leads from there. `kinds`: the rounding of values, that of scales, and
-    what a scale is multiplied with before it is rounded.
+    below and above, and where least squares leads from the ends of these. `kinds`: the rounding of values, that of
+    scales, and what a scale is multiplied with before it is rounded.
     """
     to, to_scale, unit = kinds
-    size = weights.shape[1] // out.shape[1]
-    u, parts = np.empty(size, np.float32), np.empty(size, np.float32)
+    size, most = weights.shape[1] // out.shape[1], scales.size - 1
+    u, w = np.empty((size, LANES), np.float32), np.empty((size, LANES), np.float32)
+    largest, scale, lost = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    plain, best, least = np.empty(LANES, np.int64), np.empty(LANES, np.int64), np.empty(LANES, np.float32)
+    parts = np.empty(size, np.float32)
     for row in range(weights.shape[0]):
-        for group in range(out.shape[1]):
-            place = slice(group * size, (group + 1) * size)
-            largest = relative(weights[row, place], u)
-            best: Any = min(np.int64(to_code(largest / to.highest * unit, to_scale)), scales.size - 1)
-            if reach[0] + reach[1] > 0 and largest > ZERO:
-                facts = (to, to_scale, unit, largest)
-                best = best_place(u, importance[place], scales, best, reach, facts, parts)
-            out[row, group] = np.uint8(best)
+        for first in range(0, out.shape[1], LANES):
+            count = min(LANES, out.shape[1] - first)
+            place = slice(first * size, (first + count) * size)
+            side_by_side(weights[row, place], importance[place], count, (u, w, largest))
+            for lane in range(LANES):
+                code: Any = np.int64(to_code(largest[lane] / to.highest * unit, to_scale))
+                plain[lane], best[lane], least[lane] = min(code, most), min(code, most), HUGE
+            for step in range(-1, reach[0] + reach[1] + 1 if reach[0] + reach[1] > 0 else -1):
+                offset = step - reach[0] if step >= 0 else 0  # the plain one first
+                for lane in range(LANES):
+                    tried = min(max(plain[lane] + offset, 0), most)
+                    scale[lane] = scales[tried] / largest[lane] if largest[lane] > ZERO else ZERO
+                lane_errors(u, w, scale, to, lost)
+                for lane in range(LANES):
+                    if lost[lane] < least[lane]:
+                        least[lane], best[lane] = lost[lane], min(max(plain[lane] + offset, 0), most)
+            for lane in range(count):
+                at: Any = best[lane]
+                ended = at <= max(plain[lane] - reach[0], 0) or at >= min(plain[lane] + reach[1], most)
+                if ended and reach[0] + reach[1] > 0 and largest[lane] > ZERO:
+                    facts = (to, to_scale, unit, largest[lane])
+                    at = refined(u[:, lane].copy(), w[:, lane].copy(), scales, at, facts, parts)
+                out[row, first + lane] = np.uint8(at)
 
 
 @njit(nogil=True, cache=CACHE, error_model="numpy")
