@@ -16,17 +16,25 @@ import torch
 from common import load, windows
 
 
-def log_probabilities(model: Any, window: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities [tokens, vocabulary] in float64."""
-    return torch.log_softmax(model(window[None]).logits[0].double(), dim=-1)
+def original_logits(model: Path, tokens: torch.Tensor, file: Path | None) -> torch.Tensor:
+    """The float model's logits [windows, tokens, vocabulary] in float32, kept in `file` for the next evaluation."""
+    if file is not None and file.exists():
+        return torch.from_numpy(np.load(file, mmap_mode="c"))
+    original = load(model)
+    with torch.inference_mode():
+        logits = torch.cat([original(window[None]).logits for window in tokens])
+    if file is not None:
+        np.save(file, logits.numpy())
+    return logits
 
 
-def window_kl(original: Any, quantized: Any, tokens: torch.Tensor) -> list[float]:
+def window_kl(original: torch.Tensor, quantized: Any, tokens: torch.Tensor) -> list[float]:
     """The mean KL of each window's positions."""
     means = []
     with torch.inference_mode():
-        for window in tokens:
-            p, q = log_probabilities(original, window), log_probabilities(quantized, window)
+        for logits, window in zip(original, tokens, strict=True):
+            p = torch.log_softmax(logits.double(), dim=-1)
+            q = torch.log_softmax(quantized(window[None]).logits[0].double(), dim=-1)
             means.append(float((p.exp() * (p - q)).sum(dim=-1).mean()))
     return means
 
@@ -37,13 +45,14 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--results", type=Path, default=None)
+    parser.add_argument("--logits", type=Path, default=None, help="keep the float model's logits in this .npy file")
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     tokens = windows(arguments.model, arguments.text, arguments.windows, arguments.length)
-    original = load(arguments.model)
+    original = original_logits(arguments.model, tokens, arguments.logits)
     for folder in arguments.folders:
         means = np.array(window_kl(original, load(folder), tokens))
         line = (
