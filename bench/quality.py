@@ -25,9 +25,10 @@ from anyquant.grids import grid as find_grid
 from anyquant.models.detect import detect
 from anyquant.pipeline.blocks import blocks, read_block
 from anyquant.pipeline.measure import ReferenceLogits, answers, compare
-from anyquant.pipeline.planner import Job, make_job, writable
+from anyquant.pipeline.planner import Job, Model, make_job, writable
 from anyquant.pipeline.recipe import Calibration, Recipe
-from anyquant.pipeline.run import Importance, Unweighted, execute
+from anyquant.pipeline.rows import Direct, Importance, Unweighted
+from anyquant.pipeline.run import execute
 from anyquant.pipeline.statistics import gather
 from anyquant.pipeline.targets import target
 from anyquant.pipeline.texts import load_splits, source_tokenizer
@@ -83,9 +84,9 @@ def main() -> None:
         reference = ReferenceLogits(runtime, splits.certify, folder, Silent())
         for preset in options.presets.split(","):
             for statistics in (Unweighted(), measured):
-                job = make_job(architecture, checkpoint, form, Recipe(preset=preset), True)
+                job = make_job(Model(architecture, checkpoint, checkpoint), form, Recipe(preset=preset), True)
                 with Stage(folder / "out", overwrite=True) as stage:
-                    execute(job, statistics, stage, 2, Silent())
+                    execute(job, Direct(job, statistics), stage, 2, Silent())
                     ours = measure(stage.folder / "model.gguf", reference)
                     overwrite_with_stock(job, statistics, stage.folder / "model.gguf")
                     stock = measure(stage.folder / "model.gguf", reference)

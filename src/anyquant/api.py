@@ -12,11 +12,11 @@ from anyquant.core.progress import Progress, Silent
 from anyquant.evaluation.measures import Measures
 from anyquant.evaluation.verdict import Contract, contract_for
 from anyquant.formats import rules
-from anyquant.models.detect import detect
 from anyquant.pipeline import artifacts
 from anyquant.pipeline.cost import Planned, estimate
 from anyquant.pipeline.make import Maker, Request
 from anyquant.pipeline.planner import draft_job
+from anyquant.pipeline.prepare import prepare
 from anyquant.pipeline.recipe import Calibration, Recipe, canonical, chosen, load_recipe
 from anyquant.pipeline.report import Report
 from anyquant.pipeline.targets import Target, neutral
@@ -88,6 +88,7 @@ def make(
     data_free: bool = False,
     overwrite: bool = False,
     threads: int | None = None,
+    memory: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Quantize `model` for `target`, verify and measure it there, and publish it with its report in `out`.
@@ -119,6 +120,7 @@ def make(
         out=Path(out),
         overwrite=overwrite,
         threads=threads or cores(),
+        memory=memory,
     )
     return Maker(request, progress or Silent(), time.monotonic).make()
 
@@ -143,9 +145,8 @@ def plan(
     goal = _target(target, wish)
     if not _says_what(wish):
         wish = _default(goal, wish)
-    architecture = detect(checkpoint)
     importance = not wish.calibration.data_free
-    job, refusal = draft_job(architecture, checkpoint, rules(goal.format), wish, importance)
+    job, refusal = draft_job(prepare(checkpoint, wish), rules(goal.format), wish, importance)
     tokens = (wish.calibration.tokens if wish.calibration.text else DEFAULT_TEXT_TOKENS) if importance else 0
     return Planned(job, estimate(job, threads or cores(), tokens), refusal)
 

@@ -359,13 +359,13 @@ def test_running_what_cannot_run(call: Call, model: Model, text: Path, tmp_path:
 
 SLOW = """
 import sys, time
-from anyquant.pipeline import run
-quantize = run.quantize_block
+from anyquant.pipeline.rows import Direct
+quantize = Direct.rows
 def slow(*arguments):
     print("working", flush=True)
     time.sleep(0.3)
     return quantize(*arguments)
-run.quantize_block = slow
+Direct.rows = slow
 from anyquant.cli.main import main; main()
 """
 

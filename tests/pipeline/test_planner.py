@@ -11,6 +11,7 @@ from anyquant.core.errors import UnsupportedError, UsageError
 from anyquant.core.linear import Role
 from anyquant.formats import rules
 from anyquant.models.detect import detect
+from anyquant.pipeline import planner
 from anyquant.pipeline.accounts import make_ledger
 from anyquant.pipeline.planner import Job, draft_job
 from anyquant.pipeline.recipe import Recipe, Rule
@@ -131,7 +132,8 @@ def test_experts_are_planned_with_a_complete_ledger(model: Model, name: str) -> 
     """Refused for GGUF by a reason, but every source tensor is listed with its grid and its exact bytes."""
     checkpoint = open_checkpoint(model(name))
     architecture = detect(checkpoint)
-    job, refusal = draft_job(architecture, checkpoint, rules("gguf"), Recipe(preset="Q4_K_M"), False)
+    model_as_it_is = planner.Model(architecture, checkpoint, checkpoint)
+    job, refusal = draft_job(model_as_it_is, rules("gguf"), Recipe(preset="Q4_K_M"), False)
     assert "mixture-of-experts" in refusal
     ledger = make_ledger(job)
     assert {line.source for line in ledger.lines} == set(checkpoint.names())

@@ -25,7 +25,8 @@ from anyquant.grids import grid as find_grid
 from anyquant.models.architecture import Architecture
 from anyquant.pipeline import blocks
 from anyquant.pipeline.planner import Job
-from anyquant.pipeline.run import Unweighted, Written, execute
+from anyquant.pipeline.rows import Direct, Unweighted
+from anyquant.pipeline.run import Written, execute
 from anyquant.pipeline.verify import Verified, file_hash, verify
 from anyquant.store.publish import Stage
 from support.jobs import job_of
@@ -60,7 +61,7 @@ def stage(tmp_path: Path) -> Iterator[Stage]:
 
 
 def written(job: Job, stage: Stage, threads: int = 1) -> Written:
-    return execute(job, PLAIN, stage, threads, Silent())
+    return execute(job, Direct(job, PLAIN), stage, threads, Silent())
 
 
 def verified(job: Job, stage: Stage, done: Written) -> Verified:
@@ -78,7 +79,7 @@ def test_the_file_is_the_whole_tensors_quantized(model: Model, stage: Stage, nam
     """Read by the gguf library; quantized here in one piece. Sizes and errors as planned and reported."""
     job = job_of(model(name), grid=grid, embedding=grid, head=grid)
     statistics = Importance()
-    done = execute(job, statistics, stage, 2, Silent())
+    done = execute(job, Direct(job, statistics), stage, 2, Silent())
     found = verify(job, stage.folder, done, statistics, 2, Silent())
     path = stage.folder / "model.gguf"
     assert path.stat().st_size == job.layout.nbytes

@@ -12,7 +12,7 @@ from anyquant.calibrate.stats import Moments
 from anyquant.core.errors import AnyQuantError
 from anyquant.core.linear import Linear
 from anyquant.core.progress import Silent
-from anyquant.pipeline.run import Unweighted
+from anyquant.pipeline.rows import Direct, Unweighted
 from anyquant.pipeline.state import verify_state, write_state
 from anyquant.store.publish import Stage
 from support.checkpoints import make_checkpoint
@@ -51,10 +51,10 @@ def test_equal_weights_with_other_inputs_are_rounded_for_their_own(tmp_path: Pat
 
     job = job_of(changed(tmp_path / "model", copy), "state", grid="q4_k")
     with Stage(tmp_path / "out") as stage:
-        keys = write_state(job, ByBlock(), stage, 1, Silent())
+        keys = write_state(job, Direct(job, ByBlock()), ByBlock(), stage, 1, Silent())
     assert keys["blocks.0.attn_q"] != keys["blocks.1.attn_q"]
     with Stage(tmp_path / "out") as stage:
-        keys = write_state(job, Unweighted(), stage, 1, Silent())
+        keys = write_state(job, Direct(job, Unweighted()), Unweighted(), stage, 1, Silent())
     assert keys["blocks.0.attn_q"] == keys["blocks.1.attn_q"]
 
 
@@ -65,7 +65,7 @@ def test_equal_values_of_another_shape_are_another_entry(tmp_path: Path) -> None
 
     job = job_of(changed(tmp_path / "model", clear), "state", grid="q4_0")
     with Stage(tmp_path / "out") as stage:
-        write_state(job, Unweighted(), stage, 1, Silent())
+        write_state(job, Direct(job, Unweighted()), Unweighted(), stage, 1, Silent())
         assert verify_state(job, stage.folder, Unweighted(), 1, Silent())["blocks.0.ffn_up"] == 0
 
 
@@ -74,7 +74,7 @@ def test_a_changed_byte_beside_the_entries_is_found(tmp_path: Path, name: str) -
     make_checkpoint(tmp_path / "model", "llama")
     job = job_of(tmp_path / "model", "state", grid="q4_0")
     with Stage(tmp_path / "out") as stage:
-        write_state(job, Unweighted(), stage, 1, Silent())
+        write_state(job, Direct(job, Unweighted()), Unweighted(), stage, 1, Silent())
         verify_state(job, stage.folder, Unweighted(), 1, Silent())
         path = stage.folder / name
         data = bytearray(path.read_bytes())

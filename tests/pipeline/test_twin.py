@@ -12,7 +12,8 @@ from anyquant.core.progress import Silent
 from anyquant.formats.gguf.format import GGUFFormat
 from anyquant.models.architecture import Architecture
 from anyquant.pipeline.planner import writable
-from anyquant.pipeline.run import Unweighted, execute
+from anyquant.pipeline.rows import Direct, Unweighted
+from anyquant.pipeline.run import execute
 from anyquant.pipeline.texts import source_tokenizer
 from anyquant.pipeline.twin import twin_conversion
 from anyquant.runtimes import RUNTIMES
@@ -45,7 +46,7 @@ def test_the_twin_tells_a_sound_conversion_from_a_broken_one(
     tokenizer = source_tokenizer(job.checkpoint)
     documents = [Document("text", tuple(tokenizer.whole(TEXT)), "text")]
     with Stage(tmp_path / "out") as stage:
-        execute(job, Unweighted(), stage, 1, Silent())
+        execute(job, Direct(job, Unweighted()), stage, 1, Silent())
         decoded = writable(job).open(stage.folder, job.architecture)
         found = twin_conversion(job, decoded, RUNTIMES.get("llama.cpp"), stage, documents, tokenizer.whole)
     assert found.tokens_equal

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from anyquant.formats import rules
-from anyquant.models.detect import detect
 from anyquant.pipeline.planner import Job, make_job
+from anyquant.pipeline.prepare import prepare
 from anyquant.pipeline.recipe import Recipe
 from anyquant.store.open import open_checkpoint
 
@@ -13,4 +13,5 @@ from anyquant.store.open import open_checkpoint
 def job_of(folder: Path, target: str = "gguf", importance: bool = False, **recipe: Any) -> Job:
     """The job of a recipe (keywords of Recipe) on a checkpoint."""
     checkpoint = open_checkpoint(folder)
-    return make_job(detect(checkpoint), checkpoint, rules(target), Recipe(**recipe), importance)
+    wish = Recipe(**recipe)
+    return make_job(prepare(checkpoint, wish), rules(target), wish, importance)

@@ -81,7 +81,8 @@ class Algorithm:
     gives the slice of the result and no statistics beyond the second moment are needed, so that rows may be handled one
     block at a time. `prune` returns `keep` (rows, in); `correct` returns the QTensor with a further correction (the
     task has the original weights); `tune` quantizes all matrices of a block. `finisher` is the quantizing algorithm
-    that a pruner is followed by unless another one is named.
+    that a pruner is followed by unless another one is named. `option_needs` names the statistics that single values of
+    an option need besides: option -> value -> statistics.
     """
 
     name: str
@@ -92,8 +93,14 @@ class Algorithm:
     quantize: Callable[[Task], QTensor] | None = None
     prune: Callable[[Task], npt.NDArray[np.bool_]] | None = None
     correct: Callable[[Task, QTensor], QTensor] | None = None
-    tune: Callable[[TunedBlock, Callable[[str, float], None]], Mapping[str, QTensor]] | None = None
+    tune: Callable[[TunedBlock], Mapping[str, QTensor]] | None = None
     finisher: str = "rtn"
+    option_needs: Mapping[str, Mapping[Any, frozenset[str]]] = field(default_factory=lambda: EMPTY)
+
+    def needed(self, options: Mapping[str, Any]) -> frozenset[str]:
+        """The statistics that it needs under these options."""
+        further = (by_value.get(options.get(name), frozenset()) for name, by_value in self.option_needs.items())
+        return self.needs.union(*further)
 
 
 def complete_options(algorithm: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

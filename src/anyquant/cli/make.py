@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from anyquant.cli.options import contract_of, how_good, recipe_of, what_to_do, which_text
+from anyquant.cli.options import bytes_of, contract_of, how_good, recipe_of, what_to_do, which_text
 from anyquant.cli.progress import TerminalProgress
 from anyquant.cli.tables import print_report
 from anyquant.core.errors import ContractFailedError, InconclusiveError
@@ -26,6 +26,9 @@ STATUS_CODES = {
 @which_text
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Output folder; must not exist.")
 @click.option("--keep-imatrix", is_flag=True, help="Put the importance into OUT as llama.cpp's imatrix.gguf.")
+@click.option(
+    "--ram", metavar="SIZE", help="Memory for activations, e.g. 8GB; what is more goes to disk."
+)
 @click.option("--force", is_flag=True, help="Replace an output that AnyQuant made.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on standard output.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
@@ -39,7 +42,8 @@ def command(model: str, out: Path, force: bool, as_json: bool, quiet: bool, **fl
     anyquant make PATH --for llama.cpp --quality balanced -o OUT
     anyquant make PATH --for llama.cpp --preset Q4_K_M --text mine.txt -o OUT
     anyquant make PATH --for vllm --grid int4-g128 -o OUT
-    anyquant make PATH --grid q4_k --data-free -o STATE        (the neutral state, for later formats)
+    anyquant make PATH --for llama.cpp --grid q3_k --algorithm gptq -o OUT
+    anyquant make PATH --grid int4-g128 --algorithm "awq -> gptq" -o STATE     (the neutral state, for later formats)
     """
     from anyquant import api
     from anyquant.pipeline.report import render_json
@@ -54,6 +58,7 @@ def command(model: str, out: Path, force: bool, as_json: bool, quiet: bool, **fl
             recipe=recipe_of(flags),
             overwrite=force,
             threads=flags["threads"],
+            memory=bytes_of(flags["ram"]),
             progress=progress,
         )
     if as_json:

@@ -1,5 +1,7 @@
 """Flags that several verbs share, and how they become a recipe and a contract."""
 
+import re
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,17 @@ _WHAT = (
     click.option("--for", "target", metavar="TARGET", help="Where it must run: llama.cpp, transformers, vllm."),
     click.option("--preset", metavar="NAME", help="A named mixture of the target, e.g. Q4_K_M."),
     click.option("--grid", metavar="GRID", help="One grid for all matrices of the blocks, e.g. q4_k or int4-g128."),
-    click.option("--algorithm", metavar="NAME", help="How values are chosen on the grid (default: rtn)."),
+    click.option(
+        "--algorithm",
+        metavar="CHAIN",
+        help='How values are chosen (default: rtn), e.g. gptq or "rotate -> awq -> gptq".',
+    ),
+    click.option(
+        "--option", "options", multiple=True, metavar="NAME=VALUE", help="Option of an algorithm, e.g. dampening=0.02."
+    ),
+    click.option(
+        "--activations", metavar="GRID", help="Round what enters the matrices: int8-channel, or int8-tensor:static."
+    ),
     click.option("--embedding", metavar="GRID", help="Grid of the embedding."),
     click.option("--head", metavar="GRID", help="Grid of the output head."),
     click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="All of this as a TOML file."),
@@ -64,7 +76,10 @@ def recipe_of(flags: dict[str, Any]) -> Recipe:
     """The recipe file, if any, with the flags on top. Raises UsageError for flags that exclude each other."""
     path = flags["recipe"]
     recipe = chosen(Recipe() if path is None else load_recipe(path), flags["preset"], flags["grid"])
-    given = {name: flags[name] for name in ("algorithm", "embedding", "head") if flags[name] is not None}
+    kept = ("algorithm", "embedding", "head", "activations")
+    given: dict[str, Any] = {name: flags[name] for name in kept if flags[name] is not None}
+    if flags["options"]:
+        given["options"] = {**recipe.options, **dict(map(_option, flags["options"]))}
     calibration = {
         name: flags[name] for name in ("text", "imatrix", "tokens", "context") if flags.get(name) is not None
     }
@@ -75,6 +90,28 @@ def recipe_of(flags: dict[str, Any]) -> Recipe:
         if flags.get("imatrix") is not None:
             raise UsageError("--data-free and --imatrix exclude each other")
     return replace(recipe, **given, calibration=replace(recipe.calibration, **calibration))
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """NAME=VALUE, the value as TOML would read it: a number, true, false; all else is a text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise UsageError(f"--option {text}: expected NAME=VALUE, e.g. dampening=0.02")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    return name.strip(), parsed if isinstance(parsed, bool | int | float | str) else value
+
+
+def bytes_of(text: str | None) -> int | None:
+    """ "8GB", "512 MiB" or a number of bytes. Raises UsageError."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise UsageError(f"{text!r} is not an amount of memory; write 8GB or 512MiB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
 
 
 def contract_of(flags: dict[str, Any]) -> Contract | None:

@@ -10,23 +10,37 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from anyquant.core.corrections import CorrectionSpec
+
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
+class Step:
+    """An algorithm or transform by name, with all of its options."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
+
+
+@dataclass(frozen=True)
 class Activation:
-    """How an activation is stored while the model runs; `mode` is "static" or "dynamic"."""
+    """How what enters a matrix is rounded while the model runs: on `grid`, whose rows are tokens.
+
+    `mode` is "dynamic" (parameters from the values themselves) or "static" (from calibration, one for all tokens).
+    """
 
     grid: str
     mode: str
-    granularity: str
 
 
 @dataclass(frozen=True)
 class Decision:
     """What happens to one Linear: `requested` is the grid asked for, `grid` the one used, `reason` why it is so.
 
-    Linears of one `tie_group` must share a grid in the target (a fused tensor).
+    `algorithm` chooses the values, after `prune` has chosen which may differ from zero, and before `correct` adds to
+    what came out; `corrections` are what these two leave in the QTensor. Linears of one `tie_group` must share a grid
+    in the target (a fused tensor).
     """
 
     linear: str
@@ -35,9 +49,17 @@ class Decision:
     reason: str
     algorithm: str = "rtn"
     options: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
+    prune: Step | None = None
+    correct: Step | None = None
+    corrections: tuple[CorrectionSpec, ...] = ()
     input_activation: Activation | None = None
-    output_activation: Activation | None = None
     tie_group: str | None = None
+
+    @property
+    def chain(self) -> str:
+        """What is done, as one writes it: "wanda -> gptq"."""
+        steps = (self.prune and self.prune.name, self.algorithm, self.correct and self.correct.name)
+        return " -> ".join(filter(None, steps))
 
 
 @dataclass(frozen=True)
@@ -54,7 +76,7 @@ class Plan:
     label: str
     importance: bool = False
     kv_cache: str | None = None
-    transforms: tuple[str, ...] = ()
+    transforms: tuple[Step, ...] = ()
     config_patch: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
 
 
@@ -78,7 +100,8 @@ class Unit:
 
     `grid` is their common grid ("" for a carried tensor). `parts` are names in the Layout. `row_multiple`: row blocks
     handed to `Format.pack` must start and end at multiples of it within each Linear (a row permutation is local to
-    such a block). `permutation` names the format's row permutation, or is "".
+    such a block). `permutation` names the format's row permutation, or is "". `corrections` are stored beside the
+    codes, where the format has a place for them.
     """
 
     name: str
@@ -88,6 +111,7 @@ class Unit:
     parts: tuple[str, ...]
     row_multiple: int = 1
     permutation: str = ""
+    corrections: tuple[CorrectionSpec, ...] = ()
 
 
 @dataclass(frozen=True)

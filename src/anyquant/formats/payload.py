@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.dtypes import DTYPES
+from anyquant.core.grid import Grid
 from anyquant.core.plan import Layout, Part, Plan, TargetFile, Unit
 from anyquant.formats.state import StateRules, carried_dtype
 from anyquant.grids import grid as find_grid
@@ -27,9 +28,11 @@ class PayloadRules(StateRules):
         offset = 0
         for linear in architecture.linears:
             grid = find_grid(plan.decisions[linear.name].grid)
-            nbytes = grid.bits(linear.shape) // 8
+            corrections = plan.decisions[linear.name].corrections
+            bits = grid.bits(linear.shape) + sum(correction.bits(linear.shape) for correction in corrections)
+            nbytes = -(-bits // 8)
             parts.append(Part(linear.name, grid.name, linear.shape, offset, nbytes))
-            units.append(Unit(linear.name, (linear.name,), (), grid.name, (linear.name,)))
+            units.append(Unit(linear.name, (linear.name,), (), grid.name, (linear.name,), corrections=corrections))
             offset += nbytes
         for item in architecture.carried:
             dtype = carried_dtype(plan, checkpoint, item.name, item.tensor)
@@ -41,7 +44,12 @@ class PayloadRules(StateRules):
     def slices(
         self, unit: Unit, architecture: Architecture, linear: str, first_row: int, rows: int
     ) -> list[tuple[str, int, int]]:
-        """Where these rows lie when rows follow each other."""
+        """Where these rows lie when rows follow each other; what all rows share goes with the first of them."""
         grid, columns = find_grid(unit.grid), architecture.by_name[linear].view.columns
-        start, stop = (grid.bits((row, columns)) // 8 for row in (first_row, first_row + rows))
+        start, stop = (self._bytes(unit, grid, (row, columns)) for row in (first_row, first_row + rows))
         return [(linear, start, stop - start)]
+
+    def _bytes(self, unit: Unit, grid: Grid, shape: tuple[int, int]) -> int:
+        if not shape[0]:
+            return 0
+        return -(-(grid.bits(shape) + sum(correction.bits(shape) for correction in unit.corrections)) // 8)

@@ -4,6 +4,7 @@ The files themselves are written by `store.state`, whose entries are named by co
 statistics are: in a layout they carry the name of their Linear instead.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from anyquant.formats.base import COMPANIONS
 from anyquant.grids import grid as find_grid
 from anyquant.models.architecture import Architecture
 from anyquant.store.safetensors_layout import write_safetensors_header
-from anyquant.store.state_entry import entry_header
+from anyquant.store.state_entry import SHARED, entry_header
 
 CARRIED = "carried.safetensors"
 
@@ -53,14 +54,16 @@ class StateRules:
         files, units = [], []
         for linear in architecture.linears:
             grid = find_grid(plan.decisions[linear.name].grid)
-            header, tensors, offsets = entry_header(grid, linear.shape)
+            corrections = plan.decisions[linear.name].corrections
+            header, tensors, offsets = entry_header(grid, linear.shape, corrections)
             parts = tuple(
                 Part(f"{linear.name}/{name}", dtype, shape, offset, _nbytes(dtype, shape))
                 for (name, dtype, shape), offset in zip(tensors, offsets, strict=True)
             )
             size = len(header) + sum(part.nbytes for part in parts)
             files.append(TargetFile(f"entries/{linear.name}", header, parts, size))
-            units.append(Unit(linear.name, (linear.name,), (), grid.name, tuple(part.name for part in parts)))
+            names = tuple(part.name for part in parts)
+            units.append(Unit(linear.name, (linear.name,), (), grid.name, names, corrections=corrections))
         carried = [
             (item.name, carried_dtype(plan, checkpoint, item.name, item.tensor), (item.length,))
             for item in architecture.carried
@@ -75,6 +78,8 @@ class StateRules:
             units += [Unit(name, (), (name,), "", (name,)) for name, _, _ in carried]
         for name in ("config.json", *COMPANIONS):
             content = checkpoint.text_file(name)
+            if content is not None and name == "config.json" and json.loads(content) != checkpoint.config:
+                content = json.dumps(checkpoint.config, indent=2, ensure_ascii=False).encode()  # a transform changed it
             if content is not None:
                 files.append(TargetFile(name, content, (), len(content)))
         return Layout(tuple(files), tuple(units))
@@ -82,16 +87,16 @@ class StateRules:
     def slices(
         self, unit: Unit, architecture: Architecture, linear: str, first_row: int, rows: int
     ) -> list[tuple[str, int, int]]:
-        """Rows of the codes and of every parameter that has rows."""
-        shape = architecture.by_name[linear].shape
-        _, tensors, _ = entry_header(find_grid(unit.grid), shape)
+        """Rows of the codes, of every parameter and of every correction; what belongs to all rows goes with row 0."""
+        grid, shape = find_grid(unit.grid), architecture.by_name[linear].shape
+        owners = {parameter.name: parameter.slice(first_row, rows) for parameter in grid.parameters}
         found = []
-        for name, dtype, stored in tensors:
+        for name, dtype, stored in entry_header(grid, shape, unit.corrections)[1]:
             row = _nbytes(dtype, stored[1:])
-            whole = stored[0] == 1 and shape[0] != 1  # tensor-wide
-            place = (0, row) if whole else (first_row * row, rows * row)
+            whole = name.endswith(SHARED) or (name in owners and stored[0] == 1 and shape[0] != 1)
+            lines = slice(0, stored[0]) if whole else owners.get(name, slice(first_row, first_row + rows))
             if not whole or first_row == 0:
-                found.append((f"{linear}/{name}", *place))
+                found.append((f"{linear}/{name}", lines.start * row, (lines.stop - lines.start) * row))
         return found
 
 

@@ -10,14 +10,16 @@ from anyquant.pipeline.planner import Job
 
 
 def _stored(job: Job, linear: Linear) -> int:
-    """Source bytes of a Linear."""
-    spec = job.checkpoint.spec(linear.view.tensor)
+    """Source bytes of a Linear; 0 where a transform has made the tensor (a head that is no longer tied)."""
+    if linear.view.tensor not in job.source.names():
+        return 0
+    spec = job.source.spec(linear.view.tensor)
     return linear.view.rows * linear.view.columns * spec.nbytes // spec.elements
 
 
 def make_ledger(job: Job, errors: Mapping[str, float] | None = None) -> Ledger:
     """One line per Linear and carried tensor. Raises AnyQuantError unless both sides balance to the byte."""
-    architecture, checkpoint = job.architecture, job.checkpoint
+    architecture, checkpoint = job.architecture, job.source
     lines = []
     claimed: dict[str, int] = defaultdict(int)
     places = {name: part for name, (_, part) in job.layout.locate().items()}
@@ -32,11 +34,11 @@ def make_ledger(job: Job, errors: Mapping[str, float] | None = None) -> Ledger:
                     name=name,
                     role=linear.role.value,
                     source=linear.view.tensor,
-                    source_dtype=checkpoint.spec(linear.view.tensor).dtype,
+                    source_dtype=checkpoint.spec(linear.view.tensor).dtype if _stored(job, linear) else "(untied)",
                     source_bytes=_stored(job, linear),
                     requested=decision.requested,
                     applied=decision.grid,
-                    algorithm=decision.algorithm,
+                    algorithm=decision.chain,
                     target=owned[0][0],
                     target_bytes=sum(nbytes for _, _, nbytes in owned),
                     reason=decision.reason,

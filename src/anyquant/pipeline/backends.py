@@ -11,9 +11,10 @@ from anyquant.evaluation.measures import Measures
 from anyquant.evaluation.speed import measure_speed
 from anyquant.pipeline.measure import ReferenceLogits, answers, check_conversion, compare
 from anyquant.pipeline.planner import Job, writable
+from anyquant.pipeline.quantized import Quantized
 from anyquant.pipeline.report import Conversion
-from anyquant.pipeline.run import Importance, Written, execute
-from anyquant.pipeline.state import decoder, verify_state, write_state
+from anyquant.pipeline.run import Written, execute
+from anyquant.pipeline.state import copy_state, decoder, rounded_inputs, verify_state, write_state
 from anyquant.pipeline.targets import Target
 from anyquant.pipeline.twin import MOST_WEIGHTS, twin_conversion
 from anyquant.pipeline.verify import Verified, verify
@@ -40,11 +41,11 @@ class Proof:
 class Backend(Protocol):
     """One way of bringing a job to disk and judging it."""
 
-    def write(self, job: Job, statistics: Importance, stage: Stage) -> None:
+    def write(self, quantized: Quantized, stage: Stage) -> None:
         """Fill the stage with the artifact of the job, in the place of an earlier one."""
         ...
 
-    def verify(self, job: Job, statistics: Importance, stage: Stage) -> Verified:
+    def verify(self, quantized: Quantized, stage: Stage) -> Verified:
         """Read the artifact back and compare it with plan and source. Raises AnyQuantError."""
         ...
 
@@ -66,15 +67,16 @@ class RuntimeBackend:
         self.threads, self.progress, self.clock = threads, progress, clock
         self._written: Written | None = None
 
-    def write(self, job: Job, statistics: Importance, stage: Stage) -> None:
-        for file in job.layout.files:
+    def write(self, quantized: Quantized, stage: Stage) -> None:
+        for file in quantized.job.layout.files:
             stage.discard(file.path)
-        self._written = execute(job, statistics, stage, self.threads, self.progress)
+        self._written = execute(quantized.job, quantized.rows, stage, self.threads, self.progress)
 
-    def verify(self, job: Job, statistics: Importance, stage: Stage) -> Verified:
+    def verify(self, quantized: Quantized, stage: Stage) -> Verified:
         if self._written is None:
             raise AnyQuantError("verify: nothing was written")
-        return verify(job, stage.folder, self._written, statistics, self.threads, self.progress)
+        statistics = quantized.statistics
+        return verify(quantized.job, stage.folder, self._written, statistics, self.threads, self.progress)
 
     def measure(self, job: Job, stage: Stage, reference: ReferenceLogits, label: str) -> Measures:
         with self._session(job, stage, reference.documents) as session:
@@ -115,16 +117,22 @@ class StateBackend:
     def __init__(self, threads: int, progress: Progress) -> None:
         self.threads, self.progress = threads, progress
 
-    def write(self, job: Job, statistics: Importance, stage: Stage) -> None:
-        write_state(job, statistics, stage, self.threads, self.progress)
+    def write(self, quantized: Quantized, stage: Stage) -> None:
+        job = quantized.job
+        if quantized.folder is None:
+            write_state(job, quantized.rows, quantized.statistics, stage, self.threads, self.progress)
+        else:
+            copy_state(job, quantized.folder, quantized.keys, quantized.maxima, stage)
 
-    def verify(self, job: Job, statistics: Importance, stage: Stage) -> Verified:
-        return Verified(verify_state(job, stage.folder, statistics, self.threads, self.progress), {})
+    def verify(self, quantized: Quantized, stage: Stage) -> Verified:
+        statistics = quantized.statistics
+        return Verified(verify_state(quantized.job, stage.folder, statistics, self.threads, self.progress), {})
 
     def measure(self, job: Job, stage: Stage, reference: ReferenceLogits, label: str) -> Measures:
         weights = DecodedCheckpoint(job.checkpoint, job.architecture, decoder(stage.folder))
         ids = [document.tokens for document in reference.documents]
-        candidates = TransformersRuntime(weights, job.architecture).logits(ids, self.progress)
+        rounding = rounded_inputs(job.architecture, job.plan, stage.folder)
+        candidates = TransformersRuntime(weights, job.architecture, rounding=rounding).logits(ids, self.progress)
         return compare(candidates, reference, Silent(), label)
 
     def prove(self, job: Job, stage: Stage, documents: Sequence[Document], encode: Callable[[str], list[int]]) -> Proof:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import lcm
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from anyquant.core.dtypes import Float32
 from anyquant.core.errors import BadInputError
 from anyquant.core.linear import Linear
 from anyquant.core.plan import Unit
+from anyquant.grids import grid as find_grid
 from anyquant.pipeline.planner import Job
 
 # 2 MB of float32: block, result and temporaries of one thread stay in the second-level cache
@@ -40,7 +42,8 @@ def blocks(job: Job) -> Iterator[Block]:
         for name in unit.linears:
             linear = job.architecture.by_name[name]
             total, columns = linear.shape
-            step = max(BLOCK_WEIGHTS // columns // unit.row_multiple, 1) * unit.row_multiple
+            together = lcm(unit.row_multiple, find_grid(unit.grid).block[0])
+            step = max(BLOCK_WEIGHTS // columns // together, 1) * together
             if linear.view.transposed:  # its rows are columns of the file: any part of it costs all of it
                 step = total
             for first in range(0, total, step):

@@ -25,10 +25,12 @@ from anyquant.pipeline.backends import Proof, backend_for
 from anyquant.pipeline.measure import ReferenceLogits, loss_of
 from anyquant.pipeline.picture import Point
 from anyquant.pipeline.planner import Job, make_job
+from anyquant.pipeline.prepare import prepare, prove_static
+from anyquant.pipeline.quantized import Quantized, Quantizer
 from anyquant.pipeline.recipe import Recipe
 from anyquant.pipeline.report import Report
-from anyquant.pipeline.run import Importance, Unweighted
-from anyquant.pipeline.statistics import IMATRIX, gather, keep
+from anyquant.pipeline.staged import Room
+from anyquant.pipeline.statistics import IMATRIX, refuse_imatrix
 from anyquant.pipeline.targets import Target, expect_libraries
 from anyquant.pipeline.texts import DEFAULT_TEXT_WARNING, describe, load_splits, source_tokenizer, usable_context
 from anyquant.pipeline.verify import Verified
@@ -40,7 +42,10 @@ LIBRARIES = ("numpy", "numba", "gguf", "torch", "transformers", "tokenizers", "x
 
 @dataclass(frozen=True)
 class Request:
-    """One call of `make`. `climb`: try the target's ladder of presets, smallest first, until the contract holds."""
+    """One call of `make`. `climb`: try the target's ladder of presets, smallest first, until the contract holds.
+
+    `memory`: bytes that activations may take while calibrating; beyond it they lie in a file. None: all there is.
+    """
 
     location: str
     checkpoint: Checkpoint
@@ -51,6 +56,7 @@ class Request:
     out: Path
     overwrite: bool
     threads: int
+    memory: int | None = None
 
 
 @dataclass
@@ -78,6 +84,18 @@ class _Evidence:
     proof: Proof = field(default_factory=lambda: Proof(None, {}))
 
 
+@dataclass(frozen=True)
+class Finished:
+    """What was written and read back."""
+
+    quantized: Quantized
+    verified: Verified
+
+    @property
+    def job(self) -> Job:
+        return self.quantized.job
+
+
 class Maker:
     """One run of the main job. The steps are methods in the order in which they happen."""
 
@@ -87,12 +105,14 @@ class Maker:
         self.watch = Watch(clock)
         self.rules: Rules = rules(request.target.format)
         self.backend = backend_for(request.target, request.threads, progress, clock)
-        self.architecture: Architecture = detect(request.checkpoint)
+        self.model = prepare(request.checkpoint, request.recipe)
+        self.original: Architecture = detect(request.checkpoint)
         calibration = request.recipe.calibration
         self.measuring = not calibration.data_free or calibration.text is not None or request.contract.needs_measures
         self.importance = not calibration.data_free
         self.evidence = _Evidence()
         self.warnings: list[str] = []
+        self.proofs: list[float] = []
 
     def make(self) -> Report:
         """Run everything. Nothing is visible under the final name unless it was verified.
@@ -108,19 +128,24 @@ class Maker:
         largest = max(job.layout.nbytes for job in plans)
         with Stage(request.out, request.overwrite, needed=largest) as stage:
             splits, tokenizer = self._texts()
-            statistics = self._statistics(splits, stage)
-            job, verified = self._write(plans, stage, splits, statistics)
+            self._prove_transforms(plans[0], splits)
+            documents = None if splits is None or not self.importance else splits.calibrate
+            quantizer = Quantizer(documents, Room(request.memory, request.out), _versions(), self.progress)
+            with quantizer:
+                finished = self._write(plans, stage, splits, quantizer)
+                quantizer.keep_imatrix(stage.folder / IMATRIX, finished.job)
             if splits is not None and tokenizer is not None:
-                self._certify(job, stage, splits, tokenizer)
-            verdict = judge(self.evidence.measures, request.contract, job.layout.nbytes)
-            report = self._report(job, verdict, splits, verified)
+                self._certify(finished.job, stage, splits, tokenizer)
+            verdict = judge(self.evidence.measures, request.contract, finished.job.layout.nbytes)
+            report = self._report(finished, verdict, splits)
             for name, text in (
                 ("report.json", reporting.render_json(report)),
                 ("report.md", reporting.render_markdown(report)),
                 ("report.html", reporting.render_html(report)),
             ):
                 stage.write_file(name, text.encode())
-            stage.publish(verified.hashes)
+            stage.publish(finished.verified.hashes)
+            quantizer.remove()
         return report
 
     def _refuse_input_as_output(self) -> None:
@@ -135,9 +160,9 @@ class Maker:
         request = self.request
         labels = request.target.ladder if request.climb else [request.recipe.preset]
         recipes = [replace(request.recipe, preset=label) if request.climb else request.recipe for label in labels]
-        jobs = [
-            make_job(self.architecture, request.checkpoint, self.rules, recipe, self.importance) for recipe in recipes
-        ]
+        jobs = [make_job(self.model, self.rules, recipe, self.importance) for recipe in recipes]
+        for job in jobs:
+            refuse_imatrix(job)
         return sorted(jobs, key=lambda job: job.layout.nbytes) if request.climb else jobs
 
     def _texts(self) -> tuple[Splits | None, Tokenizer | None]:
@@ -149,44 +174,43 @@ class Maker:
         if calibration.text is None and self.request.location != "demo":
             self.warnings.append(DEFAULT_TEXT_WARNING)
             self.progress.say(f"warning: {DEFAULT_TEXT_WARNING}")
-        context = usable_context(calibration.context, self.architecture)
+        context = usable_context(calibration.context, self.original)
         if context < calibration.context:
             self.progress.say(f"documents have {context} tokens at most, which is what this model takes")
-        return load_splits(tokenizer, self.architecture, calibration), tokenizer
+        return load_splits(tokenizer, self.original, calibration), tokenizer
 
-    def _statistics(self, splits: Splits | None, stage: Stage) -> Importance:
-        calibration = self.request.recipe.calibration
-        if not self.importance or splits is None:
-            return Unweighted()
-        with self.watch.stage("calibrate"):
-            checkpoint, documents = self.request.checkpoint, splits.calibrate
-            found = gather(checkpoint, self.architecture, calibration, documents, self.progress)
-        if calibration.keep_imatrix:
-            keep(stage.folder / IMATRIX, found, self.architecture, calibration, len(documents))
-        return found
+    def _prove_transforms(self, job: Job, splits: Splits | None) -> None:
+        """The rewritten model computes what the original does. Raises AnyQuantError when it does not."""
+        if job.checkpoint is job.source or splits is None:
+            return
+        with self.watch.stage("prove transforms"):
+            difference = prove_static(job, self.original, splits.calibrate[0].tokens, self.progress)
+        self.proofs.append(difference)
 
-    def _write(
-        self, plans: list[Job], stage: Stage, splits: Splits | None, statistics: Importance
-    ) -> tuple[Job, Verified]:
+    def _write(self, plans: list[Job], stage: Stage, splits: Splits | None, quantizer: Quantizer) -> Finished:
         """Write the artifact: on the ladder, the smallest rung that keeps the contract on *select*. Then verify it."""
-        job = plans[0]
         if self.request.climb and splits is not None:
-            job = self._climb(plans, stage, splits, statistics)
+            quantized = self._climb(plans, stage, splits, quantizer)
         else:
-            with self.watch.stage("quantize"):
-                self.backend.write(job, statistics, stage)
+            quantized = self._quantize(plans[0], stage, quantizer)
         with self.watch.stage("verify"):
-            return job, self.backend.verify(job, statistics, stage)
+            return Finished(quantized, self.backend.verify(quantized, stage))
 
-    def _climb(self, plans: list[Job], stage: Stage, splits: Splits, statistics: Importance) -> Job:
+    def _quantize(self, job: Job, stage: Stage, quantizer: Quantizer) -> Quantized:
+        with self.watch.stage("calibrate"):
+            quantized = quantizer.quantized(job)
+        with self.watch.stage("quantize"):
+            self.backend.write(quantized, stage)
+        return quantized
+
+    def _climb(self, plans: list[Job], stage: Stage, splits: Splits, quantizer: Quantizer) -> Quantized:
         with self.watch.stage("reference"):
             reference = self._reference(splits.select, stage)
         try:
             for job in plans:
-                with self.watch.stage("quantize"):
-                    self.backend.write(job, statistics, stage)
+                quantized = self._quantize(job, stage, quantizer)
                 with self.watch.stage("select"):
-                    measures = self.backend.measure(job, stage, reference, f"select {job.plan.label}")
+                    measures = self.backend.measure(quantized.job, stage, reference, f"select {job.plan.label}")
                 self._point(job, measures, chosen=False)
                 self.progress.say(
                     f"  {job.plan.label:<8} {job.layout.nbytes:>14,} bytes   "
@@ -198,7 +222,7 @@ class Maker:
                 self.warnings.append("no preset of the ladder kept the contract on the select text: this is the last")
         finally:
             reference.close()
-        return job
+        return quantized
 
     def _certify(self, job: Job, stage: Stage, splits: Splits, tokenizer: Tokenizer) -> None:
         """Once, on text that nothing has seen: loss, conversion error, speed."""
@@ -215,7 +239,7 @@ class Maker:
             self.evidence.proof = self.backend.prove(job, stage, splits.certify, tokenizer.whole)
 
     def _reference(self, documents: Sequence[Document], stage: Stage) -> ReferenceLogits:
-        runtime = TransformersRuntime(self.request.checkpoint, self.architecture)
+        runtime = TransformersRuntime(self.request.checkpoint, self.original)
         return ReferenceLogits(runtime, documents, stage.folder.parent, self.progress)
 
     def _point(self, job: Job, measures: Measures, chosen: bool) -> None:
@@ -231,24 +255,20 @@ class Maker:
             said.append(verdict.sentence)
         if verdict.status in (Status.FAIL, Status.INCONCLUSIVE):
             said.append("The contract is not shown to hold; the artifact is published with this verdict in its report.")
+        said += [f"Transforms: logits before and after agree to {proof:.1e} relative." for proof in self.proofs]
         if measured and self.request.target.runtime != self.request.target.name:
             said.append(f"{self.request.target.note[0].upper()}{self.request.target.note[1:]}.")
         return tuple(said)
 
-    def _report(
-        self,
-        job: Job,
-        verdict: Verdict,
-        splits: Splits | None,
-        verified: Verified,
-    ) -> Report:
+    def _report(self, finished: Finished, verdict: Verdict, splits: Splits | None) -> Report:
         request, checkpoint = self.request, self.request.checkpoint
+        job, verified = finished.job, finished.verified
         measures = self.evidence.measures
         status = "unmeasured" if measures is None and request.contract.empty else verdict.status.value
         return Report(
             anyquant=__version__,
             model=request.location,
-            family=self.architecture.family,
+            family=self.original.family,
             target=request.target.name,
             label=job.plan.label,
             artifact=self.rules.entry,
@@ -269,7 +289,7 @@ class Maker:
             versions=_versions(),
             seconds=self.watch.seconds,
             peak_memory=_peak_memory(),
-            warnings=tuple(self.warnings),
+            warnings=(*self.warnings, *finished.quantized.notes),
         )
 
 

@@ -1,19 +1,26 @@
 """From a recipe to a plan: one decision per Linear, with its reason, before anything is read or written."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
 
 from anyquant.algorithms import ALGORITHMS
-from anyquant.algorithms.base import complete_options
+from anyquant.algorithms.base import Algorithm
 from anyquant.core.checkpoint import Checkpoint
+from anyquant.core.corrections import CorrectionSpec
 from anyquant.core.errors import AnyQuantError, UnsupportedError, UsageError
 from anyquant.core.linear import Linear, Role
-from anyquant.core.plan import Decision, Layout, Plan
+from anyquant.core.plan import Decision, Layout, Plan, Step
 from anyquant.formats.base import Format, Rules
 from anyquant.formats.payload import PayloadRules
 from anyquant.grids import grid as find_grid
 from anyquant.models.architecture import Architecture
-from anyquant.pipeline.recipe import Recipe
+from anyquant.pipeline.activations import input_activation, parse_activation
+from anyquant.pipeline.chain import Chain, parse_chain
+from anyquant.pipeline.recipe import Recipe, Rule
 
 # outside the block Linears: what `--grid` does not touch
 APART = (Role.EMBEDDING, Role.HEAD, Role.ROUTER)
@@ -21,7 +28,11 @@ APART = (Role.EMBEDDING, Role.HEAD, Role.ROUTER)
 
 @dataclass(frozen=True)
 class Job:
-    """All that a run needs: nothing in it depends on the clock, the host or the output path."""
+    """All that a run needs: nothing in it depends on the clock, the host or the output path.
+
+    `checkpoint` is what is quantized: the `source` checkpoint, rewritten by the transforms where there are any;
+    `architecture` is the rewritten one's.
+    """
 
     checkpoint: Checkpoint
     architecture: Architecture
@@ -29,6 +40,7 @@ class Job:
     recipe: Recipe
     plan: Plan
     layout: Layout
+    source: Checkpoint
 
     @property
     def weights(self) -> int:
@@ -36,20 +48,30 @@ class Job:
         return sum(linear.view.rows * linear.view.columns for linear in self.architecture.linears)
 
 
-def stored_grid(checkpoint: Checkpoint, tensor: str) -> str:
-    """The float grid that holds a source tensor exactly, or the nearest one that does."""
-    dtype = checkpoint.spec(tensor).dtype.lower()
-    return dtype if dtype in ("f32", "f16", "bf16") else "f32"
+@dataclass(frozen=True)
+class Model:
+    """What is planned for: `source` is the model as it was given, `checkpoint` what transforms make of it."""
+
+    architecture: Architecture
+    checkpoint: Checkpoint
+    source: Checkpoint
+
+    def stored_grid(self, linear: Linear) -> str:
+        """The float grid of the type in which the source stores the matrix, or the nearest one that holds it."""
+        tensor = linear.view.tensor
+        if tensor not in self.source.names():  # a head that is no longer tied
+            tensor = next(one.view.tensor for one in self.architecture.linears if one.role is Role.EMBEDDING)
+        dtype = self.source.spec(tensor).dtype.lower()
+        return dtype if dtype in ("f32", "f16", "bf16") else "f32"
 
 
-def _base(
-    architecture: Architecture, checkpoint: Checkpoint, target: Rules, recipe: Recipe, importance: bool
-) -> dict[str, tuple[str, str]]:
+def _base(model: Model, target: Rules, recipe: Recipe, importance: bool) -> dict[str, tuple[str, str]]:
     """Linear name to (grid, reason) before rules."""
+    architecture = model.architecture
     named = None if recipe.preset is None else target.preset(recipe.preset, architecture, importance)
     chosen: dict[str, tuple[str, str]] = {}
     for linear in architecture.linears:
-        source = stored_grid(checkpoint, linear.view.tensor)
+        source = model.stored_grid(linear)
         if named is not None:
             grid, reason = named[linear.name]
             chosen[linear.name] = (grid or source, reason)
@@ -73,7 +95,17 @@ def _override(chosen: dict[str, tuple[str, str]], architecture: Architecture, ro
         chosen[linear] = (name, f"--{role.value}")
 
 
-def _apply_rules(decisions: dict[str, Decision], architecture: Architecture, recipe: Recipe) -> None:
+@dataclass(frozen=True)
+class _Wish:
+    """What was asked for one Linear, before it is seen whether it can be."""
+
+    grid: str
+    reason: str
+    algorithm: str
+    options: Mapping[str, Any]
+
+
+def _apply_rules(wishes: dict[str, _Wish], architecture: Architecture, recipe: Recipe) -> None:
     for index, rule in enumerate(recipe.rules):
         matched = [linear for linear in architecture.linears if rule.matches(linear)]
         if not matched:
@@ -83,15 +115,57 @@ def _apply_rules(decisions: dict[str, Decision], architecture: Architecture, rec
                 f"rule {index} ({rule.describe()}): the model's blocks are 0 to {architecture.dimensions.blocks - 1}"
             )
         for linear in matched:
-            now = decisions[linear.name]
-            decisions[linear.name] = replace(
-                now,
-                requested=rule.grid or now.requested,
-                grid=rule.grid or now.grid,
-                algorithm=rule.algorithm or now.algorithm,
-                options=rule.options or now.options,
-                reason=rule.describe(),
-            )
+            wishes[linear.name] = _ruled(wishes[linear.name], rule)
+
+
+def _ruled(now: _Wish, rule: Rule) -> _Wish:
+    # another algorithm does not know the options of the one it replaces
+    options = rule.options or ({} if rule.algorithm else now.options)
+    return _Wish(rule.grid or now.grid, rule.describe(), rule.algorithm or now.algorithm, options)
+
+
+def _decide(linear: Linear, wish: _Wish, importance: bool) -> Decision:
+    """The decision on one Linear. Raises UsageError for an algorithm that cannot work on it."""
+    chain = _matrix_chain(linear, wish)
+    plain = find_grid(wish.grid).family == "floating" and chain.prune is None and chain.correct is None
+    steps = [ALGORITHMS.get(step.name) for step in (chain.prune, chain.quantize, chain.correct) if step is not None]
+    reason = wish.reason
+    if plain:
+        chain = Chain(Step("rtn", ALGORITHMS.get("rtn").options))
+    elif not linear.input_group and any(not step.rows_apart or step.needs for step in steps):
+        chain = Chain(Step("rtn", ALGORITHMS.get("rtn").options))
+        reason = f"{reason}; its rows are looked up and meet no activations: rtn"
+    elif not importance and (needy := next((step for step in steps if _statistics(step)), None)) is not None:
+        raise UsageError(
+            f"{linear.name}: {needy.name} needs statistics of activations; leave out --data-free, or choose rtn or hqq"
+        )
+    return Decision(
+        linear=linear.name,
+        requested=wish.grid,
+        grid=wish.grid,
+        reason=reason,
+        algorithm=chain.quantize.name,
+        options=chain.quantize.options,
+        prune=chain.prune,
+        correct=chain.correct,
+        corrections=tuple(_corrections(chain)),
+    )
+
+
+def _statistics(algorithm: Algorithm) -> bool:
+    return bool(algorithm.needs) or algorithm.tune is not None
+
+
+def _matrix_chain(linear: Linear, wish: _Wish) -> Chain:
+    chain = parse_chain(wish.algorithm, wish.options)
+    return Chain(chain.quantize, chain.prune, chain.correct)
+
+
+def _corrections(chain: Chain) -> Iterator[CorrectionSpec]:
+    if chain.prune is not None:
+        yield CorrectionSpec("mask", 0, chain.prune.name)
+    if chain.correct is not None:
+        yield CorrectionSpec("low_rank", int(chain.correct.options["rank"]), chain.correct.name)
 
 
 def _fit(decision: Decision, linear: Linear, target: Rules) -> Decision:
@@ -122,33 +196,40 @@ def _check_ties(decisions: Mapping[str, Decision], ties: Mapping[str, str]) -> d
     return tied
 
 
-def make_plan(
-    architecture: Architecture, checkpoint: Checkpoint, target: Rules, recipe: Recipe, importance: bool
-) -> Plan:
+def make_plan(model: Model, target: Rules, recipe: Recipe, importance: bool) -> Plan:
     """Decide every Linear and every carried tensor, by the rules of the target.
 
     Raises UsageError for rules that match nothing or contradict each other, UnsupportedError for a matrix that has no
     place on its grid.
     """
-    base = _base(architecture, checkpoint, target, recipe, importance)
+    architecture = model.architecture
+    base = _base(model, target, recipe, importance)
     _override(base, architecture, Role.EMBEDDING, recipe.embedding)
     _override(base, architecture, Role.HEAD, recipe.head)
-    decisions = {
-        name: Decision(name, grid, grid, reason, recipe.algorithm, recipe.options)
-        for name, (grid, reason) in base.items()
-    }
-    _apply_rules(decisions, architecture, recipe)
-    by_name = architecture.by_name
-    for name, decision in decisions.items():
-        algorithm = ALGORITHMS.get(decision.algorithm)
-        complete_options(algorithm.name, decision.options, algorithm.options)
-        decisions[name] = _fit(decision, by_name[name], target)
+    wishes = {name: _Wish(grid, reason, recipe.algorithm, recipe.options) for name, (grid, reason) in base.items()}
+    _apply_rules(wishes, architecture, recipe)
+    for index, rule in enumerate(recipe.rules):
+        if rule.algorithm and (moved := parse_chain(rule.algorithm, rule.options).transforms):
+            raise UsageError(
+                f"rule {index} ({rule.describe()}): {moved[0].name} changes the model as a whole; "
+                "name it in the recipe's algorithm"
+            )
+    activation = None if recipe.activations is None else parse_activation(recipe.activations)
+    decisions = {}
+    for linear in architecture.linears:
+        fitted = _fit(_decide(linear, wishes[linear.name], importance), linear, target)
+        decisions[linear.name] = replace(fitted, input_activation=input_activation(activation, linear, fitted.grid))
+    if activation is not None and not any(decision.input_activation for decision in decisions.values()):
+        raise UsageError(f"--activations {recipe.activations}: no matrix of the blocks is quantized; give --grid")
+    if activation is not None and activation.mode == "static" and not importance:
+        raise UsageError(f"--activations {recipe.activations}: static scales are calibrated; leave out --data-free")
     return Plan(
         family=architecture.family,
         decisions=_check_ties(decisions, target.ties(architecture)),
         carried={carried.name: target.default_carried for carried in architecture.carried},
         label=recipe.preset or recipe.grid or "recipe",
         importance=importance,
+        transforms=parse_chain(recipe.algorithm, recipe.options).transforms,
     )
 
 
@@ -165,29 +246,50 @@ def _together(reasons: Sequence[str], architecture: Architecture) -> str:
     return "; ".join(said)
 
 
-def draft_job(
-    architecture: Architecture, checkpoint: Checkpoint, target: Rules, recipe: Recipe, importance: bool
-) -> tuple[Job, str]:
+def draft_job(model: Model, target: Rules, recipe: Recipe, importance: bool) -> tuple[Job, str]:
     """The plan with its layout, and why the target cannot hold it: all reasons in one line, "" when it can.
 
     When it cannot, the layout is the bare payload: the ledger of a model that cannot be written yet is complete and
     exact all the same. Raises as `make_plan`.
     """
-    plan = make_plan(architecture, checkpoint, target, recipe, importance)
-    reasons = target.refuses(architecture, plan, checkpoint)
+    architecture, checkpoint = model.architecture, model.checkpoint
+    plan = make_plan(model, target, recipe, importance)
+    reasons = [*target.refuses(architecture, plan, checkpoint), *_inexact_masks(plan, target)]
     refusal = f"{target.name} cannot hold this plan: {_together(reasons, architecture)}" if reasons else ""
     form = PayloadRules(target.name) if reasons else target
-    return Job(checkpoint, architecture, form, recipe, plan, form.layout(architecture, plan, checkpoint)), refusal
+    layout = form.layout(architecture, plan, checkpoint)
+    return Job(checkpoint, architecture, form, recipe, plan, layout, model.source), refusal
 
 
-def make_job(
-    architecture: Architecture, checkpoint: Checkpoint, target: Rules, recipe: Recipe, importance: bool
-) -> Job:
+def make_job(model: Model, target: Rules, recipe: Recipe, importance: bool) -> Job:
     """A job that can be done. Raises UnsupportedError when the target cannot hold its plan, and as `make_plan`."""
-    job, refusal = draft_job(architecture, checkpoint, target, recipe, importance)
+    job, refusal = draft_job(model, target, recipe, importance)
     if refusal:
         raise UnsupportedError(refusal)
     return job
+
+
+def _inexact_masks(plan: Plan, target: Rules) -> list[str]:
+    """Pruned matrices on grids without an exact zero, which only a state with room for the mask can hold."""
+    if not isinstance(target, Format):
+        return []
+    return [
+        f"{decision.linear}: pruned weights are not zero on {decision.grid}, and {target.name} has no place for a mask"
+        for decision in plan.decisions.values()
+        if any(correction.kind == "mask" for correction in decision.corrections) and not holds_zero(decision.grid)
+    ]
+
+
+@cache
+def holds_zero(name: str) -> bool:
+    """Whether weights that are zero among others stay exactly zero on a grid, seen on a sample."""
+    grid = find_grid(name)
+    random = np.random.default_rng(0)
+    sample = random.standard_normal((grid.block[0] * 4, max(256, grid.block[1]))).astype(np.float32)
+    zero = random.random(sample.shape) < 0.5
+    sample[zero] = 0
+    params, codes = grid.quantize(sample)
+    return not grid.decode(codes, params)[zero].any()
 
 
 def writable(job: Job) -> Format:

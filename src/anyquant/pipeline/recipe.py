@@ -67,7 +67,12 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Base choice (`preset` of the format, or `grid` for block Linears), then ordered rules."""
+    """Base choice (`preset` of the format, or `grid` for block Linears), then ordered rules.
+
+    `algorithm` is a chain ("rotate -> awq -> gptq"), `options` are those of its steps. `activations` names the grid on
+    which the inputs of the block Linears are rounded while the model runs, each token for itself ("int8-channel"), or
+    with one calibrated scale ("int8-tensor:static").
+    """
 
     preset: str | None = None
     grid: str | None = None
@@ -75,6 +80,7 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=dict)
     embedding: str | None = None
     head: str | None = None
+    activations: str | None = None
     rules: tuple[Rule, ...] = ()
     calibration: Calibration = Calibration()
 
@@ -163,7 +169,18 @@ def parse_recipe(table: Mapping[str, Any]) -> Recipe:
     """A recipe from parsed TOML. Raises UsageError naming the key that is wrong."""
     _known(
         table,
-        {"version", "preset", "grid", "algorithm", "options", "embedding", "head", "rule", "calibration"},
+        {
+            "version",
+            "preset",
+            "grid",
+            "algorithm",
+            "options",
+            "embedding",
+            "head",
+            "activations",
+            "rule",
+            "calibration",
+        },
         "recipe",
     )
     if type(table.get("version")) is not int or table["version"] != SCHEMA:
@@ -176,6 +193,7 @@ def parse_recipe(table: Mapping[str, Any]) -> Recipe:
         options=_options(table, "recipe"),
         embedding=_typed(table, "embedding", str, "recipe"),
         head=_typed(table, "head", str, "recipe"),
+        activations=_typed(table, "activations", str, "recipe"),
         rules=tuple(_rule(rule, index) for index, rule in enumerate(rules)),
         calibration=_calibration(_typed(table, "calibration", dict, "recipe") or {}),
     )
@@ -233,5 +251,6 @@ def canonical(recipe: Recipe) -> Recipe:
         grid=lower(recipe.grid),
         embedding=lower(recipe.embedding),
         head=lower(recipe.head),
+        activations=lower(recipe.activations),
         rules=tuple(replace(rule, grid=lower(rule.grid)) for rule in recipe.rules),
     )

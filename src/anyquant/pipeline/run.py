@@ -1,4 +1,4 @@
-"""Execute a plan: read a row block, quantize it, pack it, write it to its place. Nothing is kept."""
+"""Execute a plan: take a quantized row block, pack it, write it to its place. Nothing is kept."""
 
 import hashlib
 from collections.abc import Mapping
@@ -7,40 +7,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from anyquant.algorithms import ALGORITHMS
-from anyquant.algorithms.base import Task
-from anyquant.calibrate.stats import Moments
 from anyquant.core.dtypes import Float32
-from anyquant.core.errors import AnyQuantError
 from anyquant.core.grid import Grid
-from anyquant.core.linear import Linear
 from anyquant.core.plan import Chunk, Layout, Unit
 from anyquant.core.progress import Progress
 from anyquant.core.qtensor import QTensor
-from anyquant.grids import grid as find_grid
-from anyquant.pipeline.blocks import Block, blocks, read_block, read_carried
+from anyquant.pipeline.blocks import Block, blocks, read_carried
 from anyquant.pipeline.executors.threads import run_all
 from anyquant.pipeline.planner import Job, writable
-
-
-class Importance(Protocol):
-    """What is known of the input of a Linear; None where nothing is."""
-
-    def moment(self, linear: Linear) -> Moments | None: ...
-
-    def importance(self, linear: Linear) -> Float32 | None:
-        """Its mean squared activation of each channel."""
-        ...
-
-
-class Unweighted:
-    """No calibration: every channel counts the same."""
-
-    def moment(self, linear: Linear) -> Moments | None:
-        return None
-
-    def importance(self, linear: Linear) -> Float32 | None:
-        return None
+from anyquant.pipeline.rows import Rows
 
 
 class Sink(Protocol):
@@ -103,16 +78,6 @@ class _Files:
             self._sink.finish(descriptor)
 
 
-def quantize_block(job: Job, block: Block, statistics: Importance) -> QTensor:
-    """The quantized rows of a block. Raises BadInputError for weights that are not finite."""
-    decision = job.plan.decisions[block.linear.name]
-    quantize = ALGORITHMS.get(decision.algorithm).quantize
-    if quantize is None:
-        raise AnyQuantError(f"{block.linear.name}: {decision.algorithm} does not quantize rows apart")
-    moments = statistics.moment(block.linear)
-    return quantize(Task(read_block(job, block), find_grid(decision.grid), moments, decision.options))
-
-
 def _carry(job: Job, unit: Unit, files: _Files) -> dict[tuple[str, int], bytes]:
     digests = {}
     for name in unit.carried:
@@ -121,8 +86,8 @@ def _carry(job: Job, unit: Unit, files: _Files) -> dict[tuple[str, int], bytes]:
     return digests
 
 
-def execute(job: Job, statistics: Importance, sink: Sink, threads: int, progress: Progress) -> Written:
-    """Write every file of the job's layout into `sink`.
+def execute(job: Job, source: Rows, sink: Sink, threads: int, progress: Progress) -> Written:
+    """Write every file of the job's layout into `sink`; `source` gives the quantized rows.
 
     Peak memory is a few row blocks per thread, whatever the size of the model or of its largest tensor.
     Raises BadInputError for weights that are not finite, OutputError when the disk fails.
@@ -135,7 +100,7 @@ def execute(job: Job, statistics: Importance, sink: Sink, threads: int, progress
         digests.update(_carry(job, unit, files))
 
     def work(block: Block) -> tuple[dict[tuple[str, int], bytes], bytes]:
-        rows = quantize_block(job, block, statistics)
+        rows = source.rows(block)
         chunks = target.pack(block.unit, job.architecture, block.linear.name, block.first, rows)
         return {(chunk.part, chunk.offset): files.write(chunk) for chunk in chunks}, content_digest(rows)
 

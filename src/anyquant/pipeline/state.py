@@ -12,15 +12,19 @@ import numpy as np
 from anyquant.core.dtypes import Bytes, Float32, from_float32
 from anyquant.core.errors import AnyQuantError
 from anyquant.core.linear import Linear
+from anyquant.core.plan import Plan
 from anyquant.core.progress import Progress
 from anyquant.core.qtensor import QTensor
 from anyquant.formats.state import CARRIED, carried_dtype
 from anyquant.grids import grid as find_grid
+from anyquant.models.architecture import Architecture
 from anyquant.pipeline.blocks import Block, blocks, read_block, read_carried
 from anyquant.pipeline.executors.threads import run_all
 from anyquant.pipeline.planner import Job
-from anyquant.pipeline.run import Importance, Sink, quantize_block
+from anyquant.pipeline.rows import Importance, Rows
+from anyquant.pipeline.run import Sink
 from anyquant.pipeline.verify import relative_errors
+from anyquant.runtimes.activations import RoundedInput
 from anyquant.store.publish import Stage
 from anyquant.store.state import EntryWriter, StateReader, StateWriter, entry_key
 
@@ -41,10 +45,12 @@ def _importance_hash(statistics: Importance, linear: Linear) -> str:
     return "" if found is None else sha256(np.ascontiguousarray(found, dtype="<f4").data).hexdigest()
 
 
-def write_state(job: Job, statistics: Importance, stage: Stage, threads: int, progress: Progress) -> Mapping[str, str]:
+def write_state(
+    job: Job, source: Rows, statistics: Importance, stage: Stage, threads: int, progress: Progress
+) -> Mapping[str, str]:
     """Fill `stage` with the entries of the job, what is carried, and plan.json. Returns Linear name to key.
 
-    One entry is open per Linear at work, written by blocks of rows.
+    `source` gives the quantized rows. One entry is open per Linear at work, written by blocks of rows.
     """
     keys = {}
     progress.start("quantize", job.weights, "w")
@@ -59,17 +65,29 @@ def write_state(job: Job, statistics: Importance, stage: Stage, threads: int, pr
             keys[name] = entry_key(source_hash(job, linear, pieces), steering, importance, CODE_VERSION)
             if not state.has(keys[name], find_grid):
                 with state.begin(keys[name], find_grid(decision.grid), linear.shape) as entry:
-                    _fill(job, entry, pieces, statistics, threads)
+                    _fill(entry, pieces, source, threads)
             progress.advance(linear.view.rows * linear.view.columns)
         _write_carried(job, stage)
-        state.write_plan(_plain_plan(job), keys)
+        state.write_plan(_plain_plan(job, {}), keys)
     progress.finish()
     return keys
 
 
-def _fill(job: Job, entry: EntryWriter, pieces: list[Block], statistics: Importance, threads: int) -> None:
+def copy_state(job: Job, folder: Path, keys: Mapping[str, str], maxima: Mapping[str, float], stage: Stage) -> None:
+    """Fill `stage` with the entries `keys` (Linear name to key) of the state in `folder`, and the rest of the job.
+
+    `maxima` are the largest magnitudes that enter Linears whose inputs are rounded with a static scale.
+    """
+    with StateWriter(stage.folder) as state:
+        for key in keys.values():
+            state.adopt(folder, key)
+        _write_carried(job, stage)
+        state.write_plan(_plain_plan(job, maxima), keys)
+
+
+def _fill(entry: EntryWriter, pieces: list[Block], source: Rows, threads: int) -> None:
     def work(block: Block) -> None:
-        entry.write(block.first, quantize_block(job, block, statistics))
+        entry.write(block.first, source.rows(block))
 
     run_all(work, pieces, threads, lambda block, nothing: None)
 
@@ -107,12 +125,16 @@ def _carried_bytes(job: Job, name: str) -> Bytes:
     return from_float32(read_carried(job, name), carried_dtype(job.plan, job.checkpoint, name, tensor))
 
 
-def _plain_plan(job: Job) -> dict[str, object]:
+def _plain_plan(job: Job, maxima: Mapping[str, float]) -> dict[str, object]:
     """The plan as JSON: what a format needs to be written from the state, and the recipe it came from."""
-    decisions = {name: asdict(decision) for name, decision in job.plan.decisions.items()}
-    plain: dict[str, object] = json.loads(
-        json.dumps({"family": job.plan.family, "decisions": decisions, "recipe": job.recipe.as_dict()})
-    )
+    facts = {
+        "family": job.plan.family,
+        "decisions": {name: asdict(decision) for name, decision in job.plan.decisions.items()},
+        "transforms": [asdict(step) for step in job.plan.transforms],
+        "activation_maxima": dict(maxima),
+        "recipe": job.recipe.as_dict(),
+    }
+    plain: dict[str, object] = json.loads(json.dumps(facts))
     return plain
 
 
@@ -137,6 +159,18 @@ def verify_state(
         return entries[block.linear.name].rows(block.first, block.first + block.rows)
 
     return relative_errors(job, stored, statistics, threads, progress)
+
+
+def rounded_inputs(architecture: Architecture, plan: Plan, folder: Path) -> list[RoundedInput]:
+    """How the inputs of the Linears are rounded while the model runs."""
+    rounded = [(name, one.input_activation) for name, one in plan.decisions.items() if one.input_activation is not None]
+    if not rounded:
+        return []
+    maxima = StateReader(folder, find_grid).plan["activation_maxima"]
+    return [
+        RoundedInput(architecture.by_name[name].module, activation.grid, maxima.get(name))
+        for name, activation in rounded
+    ]
 
 
 def decoder(folder: Path) -> Callable[[str], Float32]:

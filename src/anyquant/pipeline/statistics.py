@@ -3,15 +3,19 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from anyquant.algorithms import ALGORITHMS
 from anyquant.calibrate.imatrix import Source, read_imatrix, write_imatrix
 from anyquant.calibrate.stats import Statistics
 from anyquant.calibrate.stream import collect
 from anyquant.calibrate.text import Document
 from anyquant.core.checkpoint import Checkpoint
+from anyquant.core.errors import UsageError
 from anyquant.core.linear import Role
+from anyquant.core.plan import Step
 from anyquant.core.progress import Progress
 from anyquant.formats import FORMATS
 from anyquant.models.architecture import Architecture
+from anyquant.pipeline.planner import Job
 from anyquant.pipeline.recipe import Calibration
 
 IMATRIX = "imatrix.gguf"
@@ -46,3 +50,19 @@ def keep(
     text = "default text of AnyQuant" if calibration.text is None else Path(calibration.text).name
     source = Source((text,), documents, calibration.context)
     write_imatrix(path, statistics, architecture.linears, FORMATS.get("gguf").part_names(architecture), source)
+
+
+def refuse_imatrix(job: Job) -> None:
+    """Raise UsageError when an importance file is given to a job that needs more, or whose channels are others."""
+    path = job.recipe.calibration.imatrix
+    if path is None:
+        return
+    if job.plan.transforms:
+        raise UsageError(f"{path}: importance of the original channels does not fit a model that is transformed")
+    for decision in job.plan.decisions.values():
+        for step in (decision.prune, Step(decision.algorithm, decision.options), decision.correct):
+            if step is not None and (lacking := ALGORITHMS.get(step.name).needed(step.options) - {"second_moment"}):
+                raise UsageError(
+                    f"{path}: {step.name} needs {', '.join(sorted(lacking))} of the activations, which importance "
+                    "files do not hold; calibrate on a text instead"
+                )

@@ -15,10 +15,11 @@ from anyquant.core.checkpoint import Checkpoint, TensorSpec
 from anyquant.core.dtypes import Bytes
 from anyquant.core.progress import Silent
 from anyquant.pipeline.measure import check_conversion
-from anyquant.pipeline.planner import Job, make_job
+from anyquant.pipeline.planner import Job, Model, make_job
 from anyquant.pipeline.recipe import Recipe
 from anyquant.pipeline.report import Conversion
-from anyquant.pipeline.run import Unweighted, execute
+from anyquant.pipeline.rows import Direct, Unweighted
+from anyquant.pipeline.run import execute
 from anyquant.runtimes.base import Runtime
 from anyquant.store.publish import Stage
 
@@ -68,10 +69,11 @@ def twin_conversion(
 ) -> Conversion:
     """The runtime on the twin against `transformers` on the decoded weights. The twin is removed again."""
     weights = DecodedSource(decoded, job.checkpoint)
-    twin = make_job(job.architecture, weights, job.format, Recipe(preset=PRESET), False)
+    model = Model(job.architecture, weights, weights)
+    twin = make_job(model, job.format, Recipe(preset=PRESET), False)
     beside = stage.out.with_name(f"{stage.out.name}-twin")
     with Stage(beside, needed=twin.layout.nbytes) as staged:
-        execute(twin, Unweighted(), staged, 1, Silent())
+        execute(twin, Direct(twin, Unweighted()), staged, 1, Silent())
         longest = max(len(document.tokens) for document in documents)
         with runtime.load(staged.folder / job.format.entry, longest) as session:
             return check_conversion(session, decoded, job.architecture, job.checkpoint, documents, encode)

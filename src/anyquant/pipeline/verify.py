@@ -16,7 +16,8 @@ from anyquant.core.qtensor import QTensor
 from anyquant.pipeline.blocks import Block, blocks, read_block, read_carried
 from anyquant.pipeline.executors.threads import run_all
 from anyquant.pipeline.planner import Job, writable
-from anyquant.pipeline.run import Importance, Written, content_digest, squared_error
+from anyquant.pipeline.rows import Importance
+from anyquant.pipeline.run import Written, content_digest, squared_error
 
 HASH_BYTES = 1 << 22
 

@@ -15,19 +15,26 @@ from anyquant.core.linear import Linear
 from anyquant.core.progress import Progress, Silent
 from anyquant.models.architecture import Architecture
 from anyquant.models.streaming import StreamedModel
+from anyquant.runtimes.activations import RoundedInput, rounding_inputs
 
 
 class TransformersRuntime:
     """Logits of `checkpoint`, whose tensors have the names and shapes of the source model.
 
-    `config` is the model's `config.json` where the checkpoint's own files hold none.
+    `config` is the model's `config.json` where the checkpoint's own files hold none. `rounding` simulates rounded
+    activations.
     """
 
     name = "transformers"
 
     def __init__(
-        self, checkpoint: Checkpoint, architecture: Architecture, config: Mapping[str, Any] | None = None
+        self,
+        checkpoint: Checkpoint,
+        architecture: Architecture,
+        config: Mapping[str, Any] | None = None,
+        rounding: Sequence[RoundedInput] = (),
     ) -> None:
+        self.rounding = rounding
         self.checkpoint = checkpoint
         self.architecture = architecture
         self.config = checkpoint.config if config is None else config
@@ -56,7 +63,8 @@ class TransformersRuntime:
         model = StreamedModel(self.checkpoint, self.architecture, self.config)
         batches = model.embed(documents)
         sink.start("reference", float(sum(batch.tokens for batch in batches)), "tokens")
-        model.run_blocks(batches, sink)
+        with rounding_inputs(model.module, self.rounding):
+            model.run_blocks(batches, sink)
         sink.finish()
         place = {index: batch.states[row] for batch in batches for row, index in enumerate(batch.documents)}
         with model.head() as head:

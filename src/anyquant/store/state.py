@@ -6,6 +6,7 @@ a killed run resumes with the entries that it finds.
 """
 
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -92,6 +93,23 @@ class StateWriter:
         """A new entry for a Linear of `shape` (out, in) on `grid`; the file is made with its first rows."""
         entry_path(self._entries, key)
         return EntryWriter(self._entries, key, grid, shape, self._system)
+
+    def adopt(self, folder: Path, key: str) -> None:
+        """Copy a finished entry of another state's `folder`; nothing when it is here."""
+        target = entry_path(self._entries, key)
+        if target.exists():
+            return
+        source = entry_path(folder / ENTRIES, key)
+        partial = target.with_name(f"{key}{PARTIAL}")
+        with writing(target):
+            shutil.copyfile(source, partial)
+            descriptor = self._system.open(partial, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                self._system.fsync(descriptor)
+            finally:
+                close_quietly(self._system, descriptor)
+            self._system.rename(partial, target)
+            sync_folder(self._system, self._entries)
 
     def read(self, key: str, grids: Callable[[str], Grid]) -> EntryReader:
         """An entry that is finished."""

@@ -11,6 +11,7 @@ from anyquant.core.errors import BadInputError, UnsupportedError
 from anyquant.core.linear import Linear, Role
 from anyquant.core.plan import Plan
 from anyquant.formats.compressed_tensors.layouts import IntegerLayout, layout
+from anyquant.formats.masks import refuse_corrections
 from anyquant.models.architecture import Architecture
 
 FORMAT_NAME = "pack-quantized"
@@ -27,7 +28,8 @@ def refuse_grids(architecture: Architecture, plan: Plan) -> list[str]:
         except UnsupportedError as error:
             reasons.append(f"{linear.name}: {error}")
             continue
-        if decision.input_activation or decision.output_activation:
+        reasons += refuse_corrections(decision, "compressed-tensors")
+        if decision.input_activation:
             reasons.append(f"{linear.name}: quantized activations are not written to compressed-tensors yet")
         if not isinstance(found, IntegerLayout):
             continue

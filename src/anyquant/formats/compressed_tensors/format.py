@@ -21,6 +21,7 @@ from anyquant.formats.base import COMPANIONS
 from anyquant.formats.compressed_tensors.config import model_config, read_integer_layout, refuse_grids
 from anyquant.formats.compressed_tensors.layouts import FLOATS, IntegerLayout, layout
 from anyquant.formats.decoded import DecodedArtifact
+from anyquant.formats.masks import without_masks
 from anyquant.grids import grid as find_grid
 from anyquant.models.architecture import Architecture
 from anyquant.store.files import SourceFile
@@ -131,8 +132,9 @@ class CompressedTensorsFormat:
 
     def pack(self, unit: Unit, architecture: Architecture, linear: str, first_row: int, rows: QTensor) -> list[Chunk]:
         """See formats.base. The shape tensor of a module goes with its first row."""
-        if rows.column_groups is not None or rows.corrections:
-            raise UnsupportedError(f"{linear}: reordered columns, masks and low-rank corrections are not written yet")
+        if rows.column_groups is not None:
+            raise UnsupportedError(f"{linear}: reordered columns are not written yet")
+        rows = without_masks(rows, linear)
         data = layout(unit.grid).pack(rows.codes, rows.params)
         places = self.slices(unit, architecture, linear, first_row, rows.shape[0])
         if len(places) > len(data):

@@ -19,6 +19,7 @@ from anyquant.formats.gguf.names import PAIRED, Target, family_of, paired_rows, 
 from anyquant.formats.gguf.presets import beside, fallback, resolve, tables
 from anyquant.formats.gguf.tokenizer import add_tokenizer, read_tokenizer
 from anyquant.formats.gguf.writer import TensorInfo, header, new_writer, place
+from anyquant.formats.masks import refuse_corrections, without_masks
 from anyquant.grids import grid as find_grid
 from anyquant.models.architecture import Architecture
 from anyquant.store.gguf import GGUFFile
@@ -98,9 +99,10 @@ class GGUFFormat:
         return Layout((TargetFile(ARTIFACT, prefix, parts, size),), units)
 
     def pack(self, unit: Unit, architecture: Architecture, linear: str, first_row: int, rows: QTensor) -> list[Chunk]:
-        """See formats.base. Raises UnsupportedError for column groups and corrections: no GGUF type holds them."""
-        if rows.column_groups is not None or rows.corrections:
-            raise UnsupportedError(f"{linear}: GGUF cannot hold reordered columns, masks or low-rank corrections")
+        """See formats.base. Raises UnsupportedError for column groups, and corrections other than masks of zeros."""
+        if rows.column_groups is not None:
+            raise UnsupportedError(f"{linear}: GGUF cannot hold reordered columns")
+        rows = without_masks(rows, linear)
         raw = layout(rows.grid.name).pack(rows.codes, rows.params)
         if unit.permutation == PAIRED:
             raw = raw[paired_rows(len(raw), architecture.dimensions.head_dim)]
@@ -198,7 +200,8 @@ def _refuse_plan(plan: Plan, named: tuple[Target, ...]) -> list[str]:
                 layout(decision.grid)
             except UnsupportedError as error:
                 reasons.append(f"{linear.name}: {error}")
-            if decision.input_activation or decision.output_activation:
+            reasons += refuse_corrections(decision, "GGUF")
+            if decision.input_activation:
                 reasons.append(f"{linear.name}: GGUF does not describe quantized activations")
         if len({plan.decisions[linear.name].grid for linear in target.linears}) > 1:
             reasons.append(f"{target.name} is one tensor and cannot lie on several grids")

@@ -1,0 +1,113 @@
+"""A job whose values are chosen, or will be when they are asked for: what a backend writes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from anyquant.calibrate.stats import Statistics
+from anyquant.calibrate.text import Document, digest
+from anyquant.core.progress import Progress
+from anyquant.pipeline.planner import Job
+from anyquant.pipeline.rows import Direct, Importance, Rows, Stored, Unweighted
+from anyquant.pipeline.staged import Room, Staged, Stages, is_staged
+from anyquant.pipeline.statistics import gather, keep
+from anyquant.pipeline.work import Work, source_identity
+from anyquant.store.system import SYSTEM, remove_tree
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """`rows` gives the quantized rows of `job`, `statistics` those that steered them.
+
+    Where they lie in a state already, `folder` is its folder and `keys` are its entries by Linear name. `maxima`: the
+    largest magnitude that enters a Linear, for static activation scales. `notes` are for the report.
+    """
+
+    job: Job
+    statistics: Importance
+    rows: Rows
+    folder: Path | None = None
+    keys: Mapping[str, str] = field(default_factory=dict)
+    maxima: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+class Quantizer:
+    """`with Quantizer(...) as quantizer:` chooses the values of jobs. Statistics are collected once for all of them.
+
+    `documents` is None for a data-free run. `versions` of the libraries tell runs apart. A staged job works in a hidden
+    folder beside the output `room.out`, which stays when the run ends early, and which `remove` takes away.
+    """
+
+    def __init__(
+        self, documents: Sequence[Document] | None, room: Room, versions: Mapping[str, str], progress: Progress
+    ) -> None:
+        self._documents, self._room, self._versions, self._progress = documents, room, versions, progress
+        self._gathered: Statistics | None = None
+        self._work: Work | None = None
+        self._folder = room.out.absolute().with_name(f".{room.out.name}.work")
+
+    def __enter__(self) -> "Quantizer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._work is not None and kind is not None:
+            self._progress.say(f"what was finished is kept in {self._folder}: run the same command again to go on")
+
+    def quantized(self, job: Job) -> Quantized:
+        """The values of a job, by block through the quantized model where it must be, else when they are asked for."""
+        if self._documents is None:
+            return Quantized(job, Unweighted(), Direct(job, Unweighted()))
+        if is_staged(job):
+            return self._staged(job, self._documents)
+        if self._gathered is None:
+            calibration = job.recipe.calibration
+            self._gathered = gather(job.checkpoint, job.architecture, calibration, self._documents, self._progress)
+        return Quantized(job, self._gathered, Direct(job, self._gathered))
+
+    def keep_imatrix(self, path: Path, job: Job) -> None:
+        """Write the statistics of the job as llama.cpp's importance file, where the recipe asks for it."""
+        calibration = job.recipe.calibration
+        if calibration.keep_imatrix and self._gathered is not None and self._documents is not None:
+            keep(path, self._gathered, job.architecture, calibration, len(self._documents))
+
+    def remove(self) -> None:
+        """The output is published: what was kept for going on is not needed any more."""
+        self._close()
+        if self._folder.exists():
+            remove_tree(SYSTEM, self._folder)
+
+    def _staged(self, job: Job, documents: Sequence[Document]) -> Quantized:
+        self._close()
+        self._work = work = Work(self._folder, _identity(job, documents, self._versions))
+        done = Stages(job, documents, work, self._room, self._progress).run()
+        self._gathered = done.statistics
+        rows = Stored({name: work.entry(key) for name, key in done.entries.items()})
+        return Quantized(done.job, done.statistics, rows, work.folder, done.entries, _maxima(done), done.notes)
+
+    def _close(self) -> None:
+        if self._work is not None:
+            self._work.close()
+            self._work = None
+
+
+def _maxima(done: Staged) -> dict[str, float]:
+    found = {}
+    for name, decision in done.job.plan.decisions.items():
+        if decision.input_activation is None or decision.input_activation.mode != "static":
+            continue
+        moments = done.statistics.moment(done.job.architecture.by_name[name])
+        if moments is not None and moments.absolute_maximum is not None:
+            found[name] = float(moments.absolute_maximum.max())
+    return found
+
+
+def _identity(job: Job, documents: Sequence[Document], versions: Mapping[str, str]) -> dict[str, object]:
+    """What tells one staged run from another."""
+    return {
+        "source": source_identity(job.source.location),
+        "recipe": job.recipe.as_dict(),
+        "documents": [len(documents), digest(documents)],
+        "versions": dict(versions),
+        "decisions": [(name, decision.grid, decision.chain) for name, decision in job.plan.decisions.items()],
+    }

@@ -1,0 +1,172 @@
+"""Quantizing block by block: each block sees the activations that the quantized blocks before it make.
+
+For algorithms that need more than the second moments of the unquantized model, and for transforms that are found from
+activations. Every stage (a block; at last embedding and head) is recorded when it is done: a killed run resumes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from anyquant.algorithms import ALGORITHMS
+from anyquant.calibrate.chain import Chain
+from anyquant.calibrate.live import LiveBlock
+from anyquant.calibrate.stats import Moments, Statistics
+from anyquant.calibrate.text import Document
+from anyquant.core.errors import BadInputError
+from anyquant.core.linear import Linear
+from anyquant.core.plan import Decision
+from anyquant.core.progress import Progress
+from anyquant.models.families import HEAD_INPUT
+from anyquant.models.streaming import StreamedModel
+from anyquant.pipeline.matrix import Matrices, steps_of
+from anyquant.pipeline.planner import Job
+from anyquant.pipeline.scene import Rewriting
+from anyquant.pipeline.work import Record, Work
+
+MOMENTS, MAXIMA = "moments/", "maxima/"
+
+
+@dataclass(frozen=True)
+class Staged:
+    """The quantized Linears as entries of the work folder, keys by name. `job` has the rewritten checkpoint.
+
+    `notes` say what did not go as usual (raised dampening, experts that no token reached), for the report.
+    """
+
+    job: Job
+    entries: Mapping[str, str]
+    statistics: Statistics
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a run may take: bytes of memory for activations (None: all of them); the rest lies beside `out`."""
+
+    memory: int | None
+    out: Path
+
+
+def is_staged(job: Job) -> bool:
+    """Whether the job must go block by block through the quantized model."""
+    decisions = job.plan.decisions.values()
+    static = any(one.input_activation is not None and one.input_activation.mode == "static" for one in decisions)
+    apart = all(ALGORITHMS.get(step.name).rows_apart for one in decisions for step in steps_of(one))
+    return static or not apart or Rewriting.calibrated(job.plan.transforms)
+
+
+def statistics_needed(decisions: Sequence[Decision]) -> frozenset[str]:
+    """What has to be known of the inputs of these Linears."""
+    found: set[str] = set()
+    for decision in decisions:
+        for step in steps_of(decision):
+            algorithm = ALGORITHMS.get(step.name)
+            found |= algorithm.needed(step.options) | algorithm.uses
+        if decision.input_activation is not None and decision.input_activation.mode == "static":
+            found.add("absolute_maximum")
+    return frozenset(found)
+
+
+class Stages:
+    """One staged run of a job."""
+
+    def __init__(self, job: Job, documents: Sequence[Document], work: Work, room: Room, progress: Progress) -> None:
+        self.job, self.work, self.progress = job, work, progress
+        self._entries: dict[str, str] = {}
+        self._moments: dict[str, Moments] = {}
+        self._notes: list[str] = []
+        self._states = ""
+        decisions = list(job.plan.decisions.values())
+        tuned = any(ALGORITHMS.get(decision.algorithm).tune is not None for decision in decisions)
+        both = tuned or "cross" in statistics_needed(decisions)
+        self.model = StreamedModel(job.checkpoint, job.architecture)
+        tokens = [document.tokens for document in documents]
+        self.chain = Chain(self.model, tokens, both, work.folder, room.memory, progress)
+        self.rewriting = Rewriting(job)
+
+    def run(self) -> Staged:
+        """All stages, from the first that is not recorded. Raises as the algorithms do."""
+        first = self._resume()
+        for index in range(first, self.model.blocks):
+            with self.chain.block(index) as live:
+                record = self._block(live)
+            self._states = self.chain.save(self.work.states(index))
+            self.work.record(index, replace(record, states=self._states))
+        if first <= self.model.blocks:
+            self.work.record(self.model.blocks, self._edges())
+        job = replace(self.job, checkpoint=self.rewriting.checkpoint)
+        return Staged(job, self._entries, Statistics(self._moments), tuple(self._notes))
+
+    def _resume(self) -> int:
+        """Take over what is recorded; the stage to go on with."""
+        records = self.work.finished()[: self.model.blocks + 1]
+        while records and len(records) <= self.model.blocks and not self._restored(len(records), records[-1].states):
+            records.pop()
+        for record in records:
+            self._take(record)
+            self.rewriting.take(record.arrays)
+        if records:
+            self._states = records[-1].states
+            self.progress.say(f"going on after {len(records)} of {self.model.blocks + 1} stages of an earlier run")
+        return len(records)
+
+    def _restored(self, index: int, digest: str) -> bool:
+        path = self.work.states(index - 1)
+        try:
+            return path.exists() and self.chain.restore(index, path) == digest
+        except BadInputError:
+            return False
+
+    def _take(self, record: Record) -> None:
+        self._entries |= record.entries
+        self._notes += record.notes
+        for name, array in record.arrays.items():
+            if name.startswith(MOMENTS):
+                group = name.removeprefix(MOMENTS)
+                self._moments[group] = Moments(array[1:], int(array[0]), record.arrays.get(MAXIMA + group))
+
+    def _block(self, live: LiveBlock) -> Record:
+        """Rewrite, observe, quantize and advance one block."""
+        notes: list[str] = []
+        rewrites = self.rewriting.block(live, notes)
+        decisions = [self.job.plan.decisions[linear.name] for linear in live.linears]
+        moments = live.observe(statistics_needed(decisions))
+        notes += [
+            f"{name}: no token reached this expert; its statistics are the others' mean" for name in live.unrouted
+        ]
+        matrices = Matrices(self.job, self.rewriting.checkpoint, self.work, self._states, notes)
+        entries = matrices.quantize_block(live, moments)
+        live.advance()
+        record = Record(entries, {**rewrites, **_kept(moments)}, tuple(notes))
+        self._take(record)
+        return record
+
+    def _edges(self) -> Record:
+        """Embedding and head, whose input, if any, is the output of the last block."""
+        edges = [linear for linear in self.job.architecture.linears if linear.block is None]
+        needs = statistics_needed([self.job.plan.decisions[linear.name] for linear in edges])
+        moments = {HEAD_INPUT: self.chain.head(needs)} if any(_has_input(linear) for linear in edges) else {}
+        notes: list[str] = []
+        matrices = Matrices(self.job, self.rewriting.checkpoint, self.work, self._states, notes)
+        entries = {linear.name: matrices.quantize_edge(linear, moments.get(linear.input_group)) for linear in edges}
+        record = Record(entries, _kept(moments), tuple(notes))
+        self._take(record)
+        return record
+
+
+def _has_input(linear: Linear) -> bool:
+    return linear.input_group == HEAD_INPUT
+
+
+def _kept(moments: Mapping[str, Moments]) -> dict[str, np.ndarray]:
+    """What is kept of the statistics: count and second moment, and the largest magnitudes where they were taken."""
+    arrays = {
+        MOMENTS + group: np.append(np.float64(found.count), found.second_moment) for group, found in moments.items()
+    }
+    for group, found in moments.items():
+        if found.absolute_maximum is not None:
+            arrays[MAXIMA + group] = found.absolute_maximum
+    return arrays
