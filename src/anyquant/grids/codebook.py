@@ -56,7 +56,7 @@ class CodebookGrid(Grid):
         """Values evenly spaced from the smallest to the largest weight of the row."""
         within = np.clip(weights, -LARGEST_HALF, LARGEST_HALF)
         even = np.linspace(within.min(axis=1), within.max(axis=1), self.count, axis=1)
-        return self._stored(even.astype(np.float32), weights)
+        return self._stored(np.ascontiguousarray(even, dtype=np.float32), weights)
 
     def _stored(self, values: Float32, weights: Float32) -> Params:
         """Rounded to float16, the one nearest to 0 exactly 0 where the row asks for it."""
