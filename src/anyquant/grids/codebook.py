@@ -13,7 +13,7 @@ import numpy as np
 from anyquant.core.dtypes import Float32
 from anyquant.core.errors import UsageError
 from anyquant.core.grid import Codes, Grid, Lattice, Parameter, Params, Scope
-from anyquant.grids.groups import WHOLE_ROW
+from anyquant.grids.groups import WHOLE_ROW, gathered
 from anyquant.grids.scales import LARGEST_HALF, usable_importance
 
 ZEROS = 1 / 8
@@ -75,8 +75,8 @@ class CodebookGrid(Grid):
 
     def decode(self, codes: Codes, params: Params, columns: slice | None = None) -> Float32:
         """The values that the codes point to, as float32: exact."""
-        chosen = np.take_along_axis(params["values"], codes.astype(np.intp), axis=1)
-        return chosen.astype(np.float32)
+        first = np.arange(len(codes), dtype=np.int32)[:, None] * np.int32(self.count)
+        return gathered(params["values"].reshape(-1), codes + first).astype(np.float32)
 
     def lattice(self, params: Params) -> Lattice:
         """Levels of each row, with a scale of 1; equal ones where a row has fewer values."""
