@@ -37,6 +37,35 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertForMaskedLM", {"intermediate_size": 48, "max_position_embeddings": 64}),
     "roberta": ("RobertaForMaskedLM", {"intermediate_size": 48, "max_position_embeddings": 80}),
     "distilbert": ("DistilBertForMaskedLM", {"dim": 32, "hidden_dim": 48, "n_layers": 3, "n_heads": 4}),
+    "olmoe": ("OlmoeForCausalLM", {"intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}),
+    "deepseek_v3": (
+        "DeepseekV3ForCausalLM",
+        {
+            "intermediate_size": 48,
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 8,
+        },
+    ),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        {
+            "intermediate_size": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "sliding_window": 16,
+        },
+    ),
 }
 KINDS = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
 
@@ -53,6 +82,9 @@ def make(folder: Path, model_type: str, **more: Any) -> Path:
             size = 0.3 if parameter.dim() == 1 else 1.5 / parameter.shape[-1] ** 0.5
             centre = 1.0 if parameter.dim() == 1 and name.endswith("weight") else 0.0
             parameter.copy_(centre + size * torch.randn(parameter.shape, generator=generator))
+        for name, buffer in model.named_buffers():
+            if name in model.state_dict():
+                buffer.copy_(torch.randn(buffer.shape, generator=generator))
     model.save_pretrained(folder)
     return folder
 
@@ -64,7 +96,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def whole(folder: Path, model_type: str, dtype: torch.dtype = torch.float32) -> Any:
-    return getattr(transformers, MODELS[model_type][0]).from_pretrained(folder, dtype=dtype).eval()
+    model = getattr(transformers, MODELS[model_type][0]).from_pretrained(folder, dtype=dtype).eval()
+    model.config._experts_implementation = "eager"  # the others do not take float64
+    return model
 
 
 @pytest.mark.parametrize("model_type", MODELS)
@@ -84,7 +118,9 @@ def test_every_byte_has_a_place_and_every_matrix_a_linear(folders: dict[str, Pat
         for name, module in model.named_modules()
         if isinstance(module, KINDS) and architecture.block_path in name
     }
-    linears = {linear.module: linear for linear in architecture.linears if linear.block is not None}
+    linears = {
+        linear.module: linear for linear in architecture.linears if linear.block is not None and linear.expert is None
+    }
     assert linears.keys() == matrices.keys()
     for name, module in matrices.items():
         weight = module.weight if isinstance(module, torch.nn.Linear) else module.weight.T
@@ -149,6 +185,41 @@ def test_statistics_equal_hooks_on_the_whole_model(folders: dict[str, Path], mod
             assert equal == (one.input_group == other.input_group), (one.name, other.name)
 
 
+@pytest.mark.parametrize("separate", [True, False])
+def test_experts_of_an_unknown_model_type(tmp_path: Path, separate: bool) -> None:
+    """One tensor per expert and matrix as published, or stacked: the same Linears, the same statistics."""
+    folder = make(tmp_path / "one", "olmoe")
+    model = whole(folder, "olmoe")
+    if not separate:
+        model.save_pretrained(tmp_path / "stacked", save_original_format=False)
+    checkpoint = open_checkpoint(folder if separate else tmp_path / "stacked")
+    architecture = detect(checkpoint)
+    by_name = {linear.name: linear for linear in architecture.linears if linear.block == 1}
+    experts = model.model.layers[1].mlp.experts
+    for expert in range(4):
+        gate, up = experts.gate_up_proj[expert].detach().chunk(2)
+        down = experts.down_proj[expert].detach()
+        for kind, role, weight in (("gate_up", "gate", gate), ("gate_up", "up", up), ("down", "down", down)):
+            linear = by_name[f"blocks.1.mlp.experts.{expert}.{kind}_proj.ffn_{role}"]
+            assert linear.role == f"ffn_{role}" and linear.expert == expert
+            np.testing.assert_array_equal(read_view(checkpoint, linear.view, 0, linear.shape[0]), weight.numpy())
+    chain = Chain(StreamedModel(checkpoint, architecture), DOCUMENTS)
+    for index in range(2):
+        with chain.block(index) as live:
+            found = live.advance(frozenset({"second_moment"}))
+    seen: list[Any] = []
+    experts.register_forward_pre_hook(lambda module, arguments: seen.append(arguments))
+    with torch.no_grad():
+        for document in DOCUMENTS:
+            model(torch.tensor([document]))
+    states, chosen = (torch.cat([arguments[place] for arguments in seen]) for place in (0, 1))
+    for expert in range(4):
+        mine = states[(chosen == expert).any(-1)].double()
+        moments = found[f"blocks.1.mlp.experts.{expert}.gate_up_proj.input"]
+        assert moments.count == len(mine) > 0
+        np.testing.assert_allclose(moments.second_moment, mine.square().mean(0).numpy(), rtol=1e-4)
+
+
 def test_roles_and_groups_of_gpt2(folders: dict[str, Path]) -> None:
     architecture = detect(open_checkpoint(folders["gpt2"]))
     block = {linear.name: linear for linear in architecture.linears if linear.block == 1}
@@ -200,11 +271,13 @@ def test_what_cannot_be_described_is_refused(folders: dict[str, Path], tmp_path:
         detect(Altered(checkpoint, {"num_hidden_layers": 10**9}))
     with pytest.raises(BadInputError, match="does not describe a opt model"):
         detect(Altered(checkpoint, {"num_attention_heads": 5}))
-    settings: dict[str, Any] = {**SMALL, "intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2}
-    config = transformers.CONFIG_MAPPING["olmoe"](**settings)
-    transformers.OlmoeForCausalLM(config).save_pretrained(tmp_path / "olmoe")  # type: ignore[no-untyped-call]
-    with pytest.raises(UnsupportedError, match=r"experts\.gate_up_proj holds several matrices \(experts\)"):
-        detect(open_checkpoint(tmp_path / "olmoe"))
+    settings: dict[str, Any] = {**SMALL, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4}
+    config: Any = transformers.CONFIG_MAPPING["llama4_text"](
+        **{**settings, "intermediate_size": 16, "intermediate_size_mlp": 48}
+    )
+    transformers.Llama4ForCausalLM(config).save_pretrained(tmp_path / "llama4")
+    with pytest.raises(UnsupportedError, match=r"experts\.down_proj are not applied one by one"):
+        detect(open_checkpoint(tmp_path / "llama4"))
     odd = open_checkpoint(make(tmp_path / "odd", "gemma2", num_key_value_heads=3))
     with pytest.raises(BadInputError, match=r"model\.layers\.0 cannot be run"):
         detect(odd)

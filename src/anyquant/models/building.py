@@ -4,7 +4,8 @@ No code of the model's folder is run: classes are those of the installed `transf
 `model_type`, and only plain values of the config reach them.
 """
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from anyquant.core.errors import BadInputError, UnsupportedError
@@ -130,20 +131,51 @@ def block_list(module: Any, location: str) -> str:
 
 
 def stored_names(module: Any, tensors: Collection[str]) -> dict[str, str]:
-    """Parameter of the model -> what a checkpoint with these tensors calls it, for those that it stores on their own.
+    """Parameter or stored buffer of the model -> what a checkpoint with these tensors calls it, if it is stored alone.
 
     The names of older checkpoints are those that transformers knows. Tied parameters have the name of the one they are
     tied to.
     """
+    parameters = module.state_dict()
+    found = {name: name for name in tensors if name in parameters}
+    for name, new, step, _ in _renamed(module, set(tensors) - found.keys()):
+        if step is None:
+            found.setdefault(new, name)
+    ties = module.all_tied_weights_keys
+    return {name: found[ties.get(name, name)] for name in parameters if ties.get(name, name) in found}
+
+
+def stacked_names(module: Any, tensors: Collection[str]) -> dict[str, dict[int, list[str]]]:
+    """3-D parameter of the model -> expert -> the tensors of a checkpoint that lie one below the other in its slice.
+
+    For checkpoints with a tensor per expert, where transformers does nothing but stack them.
+    """
+    found: dict[str, dict[tuple[int, int], str]] = {}
+    for name, new, step, part in _renamed(module, tensors):
+        number = re.search(r"\bexperts\.(\d+)\.", name)
+        if step is not None and number and _only_stacks(step):
+            found.setdefault(new, {})[int(number[1]), part] = name
+    stacks: dict[str, dict[int, list[str]]] = {}
+    for parameter, places in found.items():
+        for (expert, _), name in sorted(places.items()):
+            stacks.setdefault(parameter, {}).setdefault(expert, []).append(name)
+    return stacks
+
+
+def _only_stacks(step: Any) -> bool:
+    kinds = [(type(operation).__name__, getattr(operation, "dim", None)) for operation in step.operations]
+    return kinds in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
+
+
+def _renamed(module: Any, tensors: Collection[str]) -> Iterator[tuple[str, str, Any, int]]:
+    """(tensor, the parameter it goes to, the step of transformers that converts it or None, which of its sources)."""
     loading = require("transformers.core_model_loading")
     steps = require("transformers.conversion_mapping").get_model_conversion_mapping(module)
     converters = [step for step in steps if isinstance(step, loading.WeightConverter)]
     renamings = [step for step in steps if not isinstance(step, loading.WeightConverter)]
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    found = {name: name for name in tensors if name in parameters}
-    for name in sorted(set(tensors) - found.keys()):
-        new, converted = loading.rename_source_key(name, renamings, converters, module.base_model_prefix, parameters)
-        if converted is None and new in parameters:
-            found.setdefault(new, name)
-    ties = module.all_tied_weights_keys
-    return {name: found[ties.get(name, name)] for name in parameters if ties.get(name, name) in found}
+    parameters = module.state_dict()
+    sources = {pattern: (step, part) for step in converters for part, pattern in enumerate(step.source_patterns)}
+    for name in sorted(tensors):
+        new, pattern = loading.rename_source_key(name, renamings, converters, module.base_model_prefix, parameters)
+        if new in parameters:
+            yield name, new, *sources.get(pattern, (None, 0))

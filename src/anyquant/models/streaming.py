@@ -61,6 +61,7 @@ class StreamedModel:
         self._sources = self._bind(shapes)
         self.module.get_input_embeddings().padding_idx = None
         self._fill([name for name in self._hollow if self._is_resident(name)])
+        self._fill_buffers()
         self._returns_tuple = self._probe()
 
     @property
@@ -364,6 +365,18 @@ class StreamedModel:
     def _fill(self, names: Sequence[str]) -> None:
         for name in names:
             self._assign(name, self.read(name))
+
+    def _fill_buffers(self) -> None:
+        """Buffers that the checkpoint stores (a router's bias); the others follow from the config."""
+        for name, buffer in self.module.named_buffers():
+            if name in self.stored:
+                values = self._torch.from_numpy(read_tensor(self.checkpoint, self.stored[name]))
+                if values.shape != buffer.shape:
+                    raise BadInputError(
+                        f"{self.checkpoint.location}: tensor {self.stored[name]} has shape {tuple(values.shape)}, "
+                        f"config.json asks for {tuple(buffer.shape)}"
+                    )
+                buffer.copy_(values)
 
     def _empty(self, names: Sequence[str]) -> None:
         for name in names:

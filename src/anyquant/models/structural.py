@@ -1,7 +1,8 @@
 """The architecture of any text model of `transformers`, found by looking at its modules and running a block once.
 
 For model types without a row in models.families. Matrices are the weights of Linear modules (and of GPT-2's Conv1D,
-which are stored the other way round) inside the blocks; everything else is carried over in float.
+which are stored the other way round) inside the blocks, and those of experts (models.stacks); everything else is
+carried over in float.
 """
 
 import math
@@ -18,13 +19,14 @@ from anyquant.models.architecture import Architecture, Dimensions
 from anyquant.models.building import block_list, build_structure, stored_names
 from anyquant.models.config import refuse_quantized as refuse_quantized_config
 from anyquant.models.families import FAMILIES, HEAD_INPUT
+from anyquant.models.products import watch_products
+from anyquant.models.stacks import expert_linears
 from anyquant.models.stored import leftovers, refuse_quantized, same_values
 from anyquant.models.streaming import StreamedModel
 
 PREFIX = "transformers:"  # of the family of such an architecture
 PROBE = [[0, 1]]  # token ids that every vocabulary has
 CONSTANT = "a constant, which transformers computes"
-STACK = 8  # both sides of a matrix in a 3-D parameter are longer than this, of a convolution they are not
 
 # Last name of a module -> role, by where it is. A fused projection has the role of its first part.
 ATTENTION_ROLES: Mapping[str, Role] = {
@@ -62,8 +64,8 @@ def describe(checkpoint: Checkpoint) -> Architecture:
     """The architecture of a checkpoint of any model type; its family is "transformers:<model type>".
 
     Weights are not read, but for norms and the like outside the blocks. Raises UnsupportedError for a model type that
-    the installed transformers does not have, one whose blocks are not called one after the other, and matrices that lie
-    in no Linear module (experts); BadInputError when tensors are missing or have other shapes.
+    the installed transformers does not have, one whose blocks are not called one after the other, and experts that are
+    stored or applied in an unknown way; BadInputError when tensors are missing or have other shapes.
     """
     where, names = checkpoint.location, set(checkpoint.names())
     refuse_quantized_config(checkpoint.config, where)
@@ -74,12 +76,12 @@ def describe(checkpoint: Checkpoint) -> Architecture:
     ignored = module._keys_to_ignore_on_load_unexpected or ()
     unused |= {name: CONSTANT for name in sorted(others) if any(re.search(pattern, name) for pattern in ignored)}
     refuse_quantized(checkpoint, names - unused.keys())
-    _refuse_stacks(module, path, where)
+    experts = tuple(expert_linears(checkpoint, module, path))
     blank = Architecture(
         family=PREFIX + str(checkpoint.config["model_type"]),
         class_name=type(module).__name__,
-        dimensions=_dimensions(module, path),
-        linears=(),
+        dimensions=_dimensions(module, path, 1 + max((linear.expert or 0 for linear in experts), default=-1)),
+        linears=experts,
         carried=(),
         tied=False,
         block_path=path,
@@ -97,7 +99,10 @@ class _Parts:
 
     def __init__(self, model: StreamedModel, path: str) -> None:
         self._path, self._names = path, model.stored
-        self._shapes = {name: tuple(p.shape) for name, p in model.module.named_parameters(remove_duplicate=False)}
+        values = [*model.module.named_parameters(remove_duplicate=False), *model.module.named_buffers()]
+        self._shapes = {name: tuple(value.shape) for name, value in values if name in model.stored or value.is_meta}
+        self._experts = model.architecture.linears
+        self._stacks = {place.parameter for place in model.places.values()}
         self._blocks = _find_matrices(model)
         self._embedding = model.embedding_module
         self._head = model.head_module
@@ -115,6 +120,7 @@ class _Parts:
                 role = self._roles[module] = role_of(matrix.module, view.rows < view.columns)
                 group = f"blocks.{index}.{first[matrix.source]}.input"
                 yield Linear(f"blocks.{index}.{matrix.module}", role, view, index, group, module)
+            yield from (linear for linear in self._experts if linear.block == index)
         if self._head and not self.tied:
             yield self._edge("head", Role.HEAD, self._head, HEAD_INPUT)
 
@@ -122,11 +128,11 @@ class _Parts:
         """Everything that is no Linear; what is tied to another parameter is carried once."""
         seen: set[str] = set()
         edges = {f"{self._embedding}.weight", f"{self._head}.weight"}
-        matrices = {f"{module}.weight" for module in self._roles}
+        matrices = {f"{module}.weight" for module in self._roles} | self._stacks
         for name, shape in self._shapes.items():
-            tensor = self._stored(name)
-            if name in edges or name in matrices or tensor in seen:
+            if name in edges or name in matrices or self._stored(name) in seen:
                 continue
+            tensor = self._stored(name)
             seen.add(tensor)
             inside = name.removeprefix(f"{self._path}.") if name.startswith(f"{self._path}.") else ""
             block = int(inside.partition(".")[0]) if inside else None
@@ -179,6 +185,8 @@ def _find_matrices(model: StreamedModel) -> list[list[Found]]:
         if signature not in known:
             try:
                 inputs = _run(model, index, block, batch, modules)
+            except UnsupportedError:
+                raise
             except Exception as error:  # of the modelling code, which the config did not fit
                 raise BadInputError(
                     f"{model.checkpoint.location}: {model.architecture.block_path}.{index} cannot be run: {error}"
@@ -219,33 +227,32 @@ def _run(model: StreamedModel, index: int, block: Any, batch: Any, modules: Mapp
 
     handles = [found.register_forward_pre_hook(watch(name), with_kwargs=True) for name, found in modules.items()]
     zeros = {name: torch.zeros(tuple(parameter.shape)) for name, parameter in block.named_parameters()}
+    full = {f"{model.architecture.block_path}.{index}.{name}": values for name, values in zeros.items()}
+    stacks = {
+        place.of(full[place.parameter]).data_ptr(): place.parameter
+        for place in model.places.values()
+        if place.parameter in full
+    }
+    reached: set[str] = set()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), watch_products(stacks, lambda parameter, _: reached.add(parameter)):
             model.apply(index, block, batch, batch.states, zeros)
     finally:
         for handle in handles:
             handle.remove()
+    for parameter in sorted(set(stacks.values()) - reached):
+        raise UnsupportedError(
+            f"{model.checkpoint.location}: the matrices in {parameter} are not applied one by one: not supported"
+        )
     return order
-
-
-def _refuse_stacks(module: Any, path: str, where: str) -> None:
-    for name, parameter in module.named_parameters():
-        if name.startswith(f"{path}.") and parameter.dim() > 2 and min(parameter.shape[-2:]) > STACK:
-            raise UnsupportedError(
-                f"{where}: {name} holds several matrices (experts) in one parameter, which is not supported for this "
-                "model type; nothing is left in float in silence"
-            )
 
 
 def _unused(model: StreamedModel, names: set[str]) -> dict[str, str]:
     """Tensors that the model class has no parameter for -> why they are left out."""
     checkpoint, module = model.checkpoint, model.module
-    stored_buffers = module.state_dict().keys() - {name for name, _ in module.named_parameters(remove_duplicate=False)}
     ties: Mapping[str, str] = module.all_tied_weights_keys
     reasons = {}
     for name in sorted(names):
-        if name in stored_buffers:
-            raise UnsupportedError(f"{checkpoint.location}: {name} is a stored buffer, which is not supported")
         if name in ties:
             source = model.stored[name]
             if not same_values(checkpoint, checkpoint.spec(name), checkpoint.spec(source)):
@@ -259,7 +266,7 @@ def _unused(model: StreamedModel, names: set[str]) -> dict[str, str]:
     return reasons
 
 
-def _dimensions(module: Any, path: str) -> Dimensions:
+def _dimensions(module: Any, path: str, experts: int) -> Dimensions:
     """What the config tells of the numbers that most models have; 0 where it does not."""
     config = module.config
 
@@ -284,4 +291,7 @@ def _dimensions(module: Any, path: str) -> Dimensions:
         rope_theta=float(theta),
         rope_dim=head_dim if theta else 0,
         window=getattr(config, "sliding_window", None),
+        experts=experts,
+        experts_used=int(number(("num_experts_per_tok", "moe_k"))),
+        expert_intermediate=int(number(("moe_intermediate_size", *SIZES))) if experts else 0,
     )
