@@ -1,6 +1,6 @@
 """Error of our encoders against ggml's encoder on ggml's own objective, for every matrix of a model.
 
-    python bench/encoder_error.py [MODEL]
+    python bench/encoder_error.py [MODEL] [GRID ...]
 
 Prints the worst matrix and the sum over the model of ours / ggml, without importance and with the importance collected
 on the default text. The rule: at most 1.0005 for any matrix, at most 1.0000 for the sum.
@@ -29,6 +29,7 @@ from anyquant.store.open import open_checkpoint
 from support.ggml import stock_decode, stock_encode
 
 GRIDS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
+GRIDS += ("iq4_nl", "iq4_xs", "iq3_s", "iq3_xxs", "iq2_s")
 
 
 def errors(grid: Grid, weights: Float32, importance: Float32 | None) -> tuple[float, float]:
@@ -43,7 +44,9 @@ def errors(grid: Grid, weights: Float32, importance: Float32 | None) -> tuple[fl
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model", nargs="?", default="demo")
-    model = parser.parse_args().model
+    parser.add_argument("grids", nargs="*", default=GRIDS)
+    arguments = parser.parse_args()
+    model = arguments.model
     checkpoint = open_checkpoint(api.model_path(model))
     architecture = detect(checkpoint)
     calibration = Calibration()
@@ -55,7 +58,7 @@ def main() -> None:
 
     print(f"{model}: {len(architecture.linears)} matrices")
     print(f"{'grid':<6}{'importance':>11}{'worst':>9}{'sum':>9}  worst matrix")
-    for name in GRIDS:
+    for name in arguments.grids:
         for given in (False, True):
             found = {}
             for linear in architecture.linears:

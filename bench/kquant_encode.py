@@ -24,6 +24,7 @@ from support.ggml import stock_decode, stock_encode
 
 Array = npt.NDArray[np.float32]
 GOALS = {"q2_k": (8, 8), "q3_k": (4, 8), "q4_k": (8, 8), "q5_k": (8, 8), "q6_k": (8, 8)}
+GOALS |= dict.fromkeys(("iq4_nl", "iq4_xs", "iq3_s", "iq3_xxs", "iq2_s"), (1, 1))
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -20,6 +20,7 @@ from anyquant.core.errors import AnyQuantError, UnsupportedError
 from anyquant.core.extras import require
 from anyquant.core.grid import Codes, Grid, Parameter, Params, Scope
 from anyquant.core.grid import Lattice as Values
+from anyquant.grids.iquant_reference import quantize_reference
 from anyquant.grids.iquant_search import (
     BLOCK,
     LATTICES,
@@ -39,6 +40,10 @@ class IQuant(Grid):
 
     def fit(self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None) -> Params:
         return self.quantize(weights, importance, shared)[0]
+
+    def quantize_reference(self, weights: Float32, importance: Float32 | None = None) -> tuple[Params, Codes]:
+        """The search of `quantize` in NumPy, slow and readable."""
+        return quantize_reference(self.name, weights, self._steering(weights, importance))
 
     def weighting(self, weights: Float32, importance: Float32 | None = None) -> Float32:
         """ggml's weight of each squared error, with `importance` as given."""

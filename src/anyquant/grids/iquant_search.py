@@ -19,7 +19,7 @@ SUPER = 256
 BLOCK = 32  # weights that share a scale in iq4_nl and iq4_xs
 # the levels of iq4_nl and iq4_xs (ggml-common.h, kvalues_iq4nl), as gguf.quants.IQ4_NL has them
 LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-CANDIDATES = 16  # codebook entries that the search weighs for one pattern of rounded magnitudes
+CANDIDATES = 32  # codebook entries that the search weighs for one pattern of rounded magnitudes
 
 Integers = npt.NDArray[np.integer]
 

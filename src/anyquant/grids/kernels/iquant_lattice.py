@@ -31,40 +31,47 @@ def square(linear, quadratic, point):  # type: ignore[no-untyped-def]
     return point * (linear + quadratic * point)
 
 
+@njit(fastmath=FAST, forceinline=True)
+def four(row, at, a, b):  # type: ignore[no-untyped-def]
+    """Sum over four dimensions of p (a + b p), p the magnitudes of candidate `at`."""
+    low = square(a[0], b[0], np.float32(row[at])) + square(a[1], b[1], np.float32(row[CANDIDATES + at]))
+    third, fourth = np.float32(row[2 * CANDIDATES + at]), np.float32(row[3 * CANDIDATES + at])
+    return low + (square(a[2], b[2], third) + square(a[3], b[3], fourth))
+
+
+@njit(fastmath=FAST, forceinline=True)
+def dearest(row, at, a):  # type: ignore[no-untyped-def]
+    """The largest of a p over four dimensions."""
+    low = max(a[0] * np.float32(row[at]), a[1] * np.float32(row[CANDIDATES + at]))
+    third, fourth = np.float32(row[2 * CANDIDATES + at]), np.float32(row[3 * CANDIDATES + at])
+    return max(low, max(a[2] * third, a[3] * fourth))
+
+
 @njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 def errors_of_four(row, linear, quadratic, v, rest, cost):  # type: ignore[no-untyped-def]
     """cost[k] = rest + sum over dimensions of p (linear + quadratic p), p the magnitudes of candidate k."""
-    a0, a1, a2, a3 = linear[0, v], linear[1, v], linear[2, v], linear[3, v]
-    b0, b1, b2, b3 = quadratic[0, v], quadratic[1, v], quadratic[2, v], quadratic[3, v]
+    a = (linear[0, v], linear[1, v], linear[2, v], linear[3, v])
+    b = (quadratic[0, v], quadratic[1, v], quadratic[2, v], quadratic[3, v])
     for k in range(CANDIDATES):
-        low = square(a0, b0, np.float32(row[k])) + square(a1, b1, np.float32(row[CANDIDATES + k]))
-        high = square(a2, b2, np.float32(row[2 * CANDIDATES + k])) + square(a3, b3, np.float32(row[3 * CANDIDATES + k]))
-        cost[k] = rest + (low + high)
+        cost[k] = rest + four(row, k, a, b)
 
 
 @njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 def errors_of_eight(row, linear, quadratic, v, rest, cost):  # type: ignore[no-untyped-def]
-    a0, a1, a2, a3 = linear[0, v], linear[1, v], linear[2, v], linear[3, v]
-    b0, b1, b2, b3 = quadratic[0, v], quadratic[1, v], quadratic[2, v], quadratic[3, v]
-    a4, a5, a6, a7 = linear[4, v], linear[5, v], linear[6, v], linear[7, v]
-    b4, b5, b6, b7 = quadratic[4, v], quadratic[5, v], quadratic[6, v], quadratic[7, v]
+    a = (linear[0, v], linear[1, v], linear[2, v], linear[3, v])
+    b = (quadratic[0, v], quadratic[1, v], quadratic[2, v], quadratic[3, v])
+    c = (linear[4, v], linear[5, v], linear[6, v], linear[7, v])
+    d = (quadratic[4, v], quadratic[5, v], quadratic[6, v], quadratic[7, v])
     for k in range(CANDIDATES):
-        low = square(a0, b0, np.float32(row[k])) + square(a1, b1, np.float32(row[CANDIDATES + k]))
-        low += square(a2, b2, np.float32(row[2 * CANDIDATES + k])) + square(a3, b3, np.float32(row[3 * CANDIDATES + k]))
-        high = square(a4, b4, np.float32(row[4 * CANDIDATES + k])) + square(a5, b5, np.float32(row[5 * CANDIDATES + k]))
-        high += square(a6, b6, np.float32(row[6 * CANDIDATES + k]))
-        high += square(a7, b7, np.float32(row[7 * CANDIDATES + k]))
-        cost[k] = rest + (low + high)
+        cost[k] = rest + (four(row, k, a, b) + four(row, 4 * CANDIDATES + k, c, d))
 
 
 @njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
 def add_flip(row, linear, v, cost):  # type: ignore[no-untyped-def]
     """One sign of four reversed, the one that costs least: by 4 w x scale p, which is -2 linear p."""
-    a0, a1, a2, a3 = linear[0, v], linear[1, v], linear[2, v], linear[3, v]
+    a = (linear[0, v], linear[1, v], linear[2, v], linear[3, v])
     for k in range(CANDIDATES):
-        low = max(a0 * np.float32(row[k]), a1 * np.float32(row[CANDIDATES + k]))
-        high = max(a2 * np.float32(row[2 * CANDIDATES + k]), a3 * np.float32(row[3 * CANDIDATES + k]))
-        cost[k] -= TWO * max(low, high)
+        cost[k] -= TWO * dearest(row, k, a)
 
 
 @njit(nogil=True, cache=CACHE)
@@ -343,8 +350,8 @@ def quantize(weights, importance, kind, factor, shape, tables, steps, trials, ef
     cost = np.empty(CANDIDATES, np.float32)
     pattern, entry, flip = np.zeros(vectors, np.int32), np.zeros(vectors, np.int32), np.full(vectors, np.int32(-1))
     buffers = (np.empty(vectors, np.float32), np.empty(vectors, np.float32), np.empty(vectors, np.float32))
-    linear, quadratic = np.empty(size, np.float32), np.empty(size, np.float32)
-    work = (linear, quadratic, pattern, cost, cost.view(np.int32), entry, flip, buffers)
+    linear, quadratic, bits = np.empty(size, np.float32), np.empty(size, np.float32), cost.view(np.int32)
+    work = (linear, quadratic, pattern, cost, bits, entry, flip, buffers)
     ideal, weight = np.zeros(blocks, np.float32), np.zeros(blocks, np.float32)
     integers, scales = np.zeros(blocks, np.float32), np.zeros(blocks, np.float32)
     per_super = codes.shape[1] // d_out.shape[1]
