@@ -182,6 +182,46 @@ def test_cross_statistics_pair_both_models(tmp_path: Path, family: str) -> None:
     same(behind.cross, f.T @ x / TOKENS)
 
 
+def streams(model: Any, path: str) -> Any:
+    """What enters the norm at `path`: the residual stream there, float64 (tokens, hidden)."""
+    seen: list[Any] = []
+    norm = model.get_submodule(path)
+    handle = norm.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].reshape(-1, 64)))
+    inputs(model)
+    handle.remove()
+    return torch.cat(seen).detach()
+
+
+def test_residual_statistics_are_of_the_stream_before_each_writer(llama: Path) -> None:
+    streamed, original, model = opened(llama), whole(llama), whole(llama)
+    chain = Chain(streamed, DOCUMENTS, both=True)
+    needs = CROSS | {"residual"}
+    for index in range(2):
+        with chain.block(index) as live:
+            if index:
+                found = live.observe(needs)
+                early = live.observe(needs, [one for one in live.linears if one.role.value == "attn_output"])
+            for linear in live.linears:
+                live.assign(linear, coarse(live.weights(linear), linear.name))
+            live.advance()
+        if not index:
+            change(model, streamed, 0)
+    quantized = inputs(model)
+    places = {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"}
+    for linear in live.linears:
+        moments = found[linear.input_group]
+        path = linear.module.removeprefix("model.layers.1.")
+        if path not in places:
+            assert moments.residual is None
+            continue
+        before, after = (streams(one, f"model.layers.1.{places[path]}") for one in (original, model))
+        x = quantized[linear.module][0]
+        same(moments.residual, (before - after).T @ x / TOKENS)
+        if path == "self_attn.o_proj":
+            np.testing.assert_array_equal(early[linear.input_group].residual, moments.residual)
+            np.testing.assert_array_equal(early[linear.input_group].hessian, moments.hessian)
+
+
 def test_an_expert_without_tokens_gets_the_mean_of_the_others(tmp_path: Path) -> None:
     """With a router of zeros all scores are equal, and the same two experts get every token."""
     chain = Chain(opened(make_checkpoint(tmp_path / "model", "mixtral", hidden=64, blocks=1)), DOCUMENTS[:1])

@@ -82,7 +82,7 @@ class Algorithm:
     block at a time. `prune` returns `keep` (rows, in); `correct` returns the QTensor with a further correction (the
     task has the original weights); `tune` quantizes all matrices of a block. `finisher` is the quantizing algorithm
     that a pruner is followed by unless another one is named. `option_needs` names the statistics that single values of
-    an option need besides: option -> value -> statistics.
+    an option need besides: option -> value -> statistics. `notes` says what of a task did not go as usual.
     """
 
     name: str
@@ -95,6 +95,7 @@ class Algorithm:
     correct: Callable[[Task, QTensor], QTensor] | None = None
     tune: Callable[[TunedBlock], Mapping[str, QTensor]] | None = None
     finisher: str = "rtn"
+    notes: Callable[[Task], tuple[str, ...]] | None = None
     option_needs: Mapping[str, Mapping[Any, frozenset[str]]] = field(default_factory=lambda: EMPTY)
 
     def needed(self, options: Mapping[str, Any]) -> frozenset[str]:

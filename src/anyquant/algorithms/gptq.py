@@ -127,11 +127,12 @@ def _masked(target: Float32, task: Task) -> Float32:
     return target if task.keep is None else np.where(task.keep, target, np.float32(0))
 
 
-CROSS = frozenset({"cross"})
+CROSS = frozenset({"cross", "residual"})
 ALGORITHM = Algorithm(
     "gptq",
     needs=frozenset({"hessian"}),
     options=DEFAULTS,
     quantize=quantize,
+    notes=notes,
     option_needs={"propagation": {"auto": CROSS, "gptaq": CROSS, "qronos": CROSS}},
 )

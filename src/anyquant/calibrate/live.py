@@ -1,12 +1,14 @@
 """One block of the model while it is being quantized: its weights, what enters it, what leaves it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from anyquant.calibrate.stats import Moments, Running, average
-from anyquant.calibrate.watch import Routing, first_of_groups, watching
+from anyquant.calibrate.stream_sum import StreamSum, writers
+from anyquant.calibrate.watch import Enough, Routing, first_of_groups, watching
 from anyquant.core.dtypes import Float32
 from anyquant.core.errors import AnyQuantError
 from anyquant.core.extras import require
@@ -91,7 +93,7 @@ class LiveBlock:
         """
         if self.advanced:
             raise AnyQuantError(f"block {self.index} has been advanced")
-        if needs is not None and "cross" in needs:
+        if needs is not None and {"cross", "residual"} & needs:
             raise AnyQuantError("cross statistics are observed before the block is advanced")
         moments = {} if needs is None else self._observe(needs, None, keep=True)
         original = self._originals() if self._floats is not None else {}
@@ -134,38 +136,60 @@ class LiveBlock:
     def _observe(self, needs: frozenset[str], linears: Sequence[Linear] | None, keep: bool) -> dict[str, Moments]:
         groups = first_of_groups(self.linears if linears is None else linears)
         location = f"{self._model.checkpoint.location}: block {self.index}"
-        sums = {g: Running(linear.shape[1], f"{location}, {linear.module}", needs) for g, linear in groups.items()}
-        if "cross" in needs:
+        into = writers(self.linears) if "residual" in needs and self._adds_up() else {}
+        sums = {
+            group: Running(linear.shape[1], f"{location}, {linear.module}", needs, linear.shape[0] * (group in into))
+            for group, linear in groups.items()
+        }
+        if {"cross", "residual"} & needs:
             self._observe_both(groups, sums)
         else:
+            enough = Enough(groups, keep)
             parameters = {name: self._parameter(name) for name in self._short}
-            with watching(self._model, groups, parameters, lambda group, rows: sums[group].add(rows)):
+
+            def add(group: str, rows: Any) -> None:
+                sums[group].add(rows)
+                enough.arrived(group)
+
+            with watching(self._model, groups, parameters, add):
                 for number, batch in enumerate(self._inputs):
-                    output = self._run(number)
+                    output = enough.run(partial(self._run, number))
                     if keep:
                         batch.states.copy_(output)
                         self._moved(batch.tokens)
         return self._results(groups, sums)
 
     def _observe_both(self, groups: Mapping[str, Linear], sums: Mapping[str, Running]) -> None:
+        """The quantized states through the weights of now, then the float ones through the float weights."""
         if self._floats is None:
             raise AnyQuantError("cross statistics need the states of the unquantized model: Chain(both=True)")
         held: dict[str, Any] = {}
         original, routing = self._originals(), Routing(self._model, list(groups.values()))
         current = {name: self._parameter(name) for name in self._short}
         before = {name: original.get(short, current[name]) for name, short in self._short.items()}
+        stream, enough = StreamSum(self._model, self.linears), Enough(groups, False)
 
         def hold(group: str, rows: Any) -> None:
-            held[group] = rows.clone()
+            held[group] = (rows.clone(), stream.now)
+            enough.arrived(group)
 
         def add(group: str, rows: Any) -> None:
-            sums[group].add(held.pop(group), rows)
+            activations, found = held.pop(group)
+            sums[group].add(activations, rows, stream.now - found if sums[group].streams else None)
+            enough.arrived(group)
 
         for number, states in enumerate(self._floats):
-            with watching(self._model, groups, current, hold), routing.recording():
-                self._run(number)
-            with watching(self._model, groups, before, add), routing.repeating():
-                self._run(number, states, original)
+            entering = stream.following(self._inputs[number].states)
+            with watching(self._model, groups, current, hold), routing.recording(), entering:
+                enough.run(partial(self._run, number))
+            with watching(self._model, groups, before, add), routing.repeating(), stream.following(states):
+                enough.run(partial(self._run, number, states, original))
+
+    def _adds_up(self) -> bool:
+        """Whether the block's output is its input and what its writers add, seen on the first batch."""
+        stream = StreamSum(self._model, self.linears)
+        with stream.following(self._inputs[0].states):
+            return stream.explains(self._run(0))
 
     def _results(self, groups: Mapping[str, Linear], sums: Mapping[str, Running]) -> dict[str, Moments]:
         """Experts without tokens get the average of the block's others in the same place."""

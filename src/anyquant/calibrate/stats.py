@@ -13,7 +13,7 @@ from anyquant.core.extras import require
 from anyquant.core.linear import Linear, Role
 
 T = TypeVar("T")
-NEEDS = frozenset({"absolute_maximum", "mean", "second_moment", "hessian", "cross"})
+NEEDS = frozenset({"absolute_maximum", "mean", "second_moment", "hessian", "cross", "residual"})
 SLICE = 256  # tokens converted to float64 at once
 TILE = 1024  # rows of a matrix mirrored at once
 
@@ -26,6 +26,8 @@ class Moments:
     `second_moment` (in,): mean x^2. The others are None unless an algorithm needs them:
     `absolute_maximum` (in,): max |x|. `mean` (in,). `hessian` (in, in): mean of x x^T, the Hessian of half the mean
     squared output error. `cross` (in, in): mean of f x^T, where f is what would enter had nothing been quantized.
+    `residual` (out, in): mean of (r_f - r_x) x^T, for a matrix whose output is added to a stream r, which would be r_f
+    had nothing been quantized.
     """
 
     second_moment: Float32
@@ -34,6 +36,7 @@ class Moments:
     mean: Float32 | None = None
     hessian: Float32 | None = None
     cross: Float32 | None = None
+    residual: Float32 | None = None
     _memo: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def once(self, key: Hashable, compute: Callable[[], T]) -> T:
@@ -48,10 +51,11 @@ class Running:
     """Running sums over the vectors x (in,) that enter a matrix, for the statistics named in `needs` (see Moments).
 
     The second moment is always summed, in float64; products of whole batches in float32, their sum too. `place` names
-    the activation in error messages. Memory: 4 in^2 bytes for each of "hessian" and "cross".
+    the activation in error messages. `stream`: the width of the stream that "residual" is about. Memory: 4 in^2 bytes
+    for each of "hessian" and "cross", 4 in out for "residual".
     """
 
-    def __init__(self, columns: int, place: str, needs: frozenset[str] = frozenset()) -> None:
+    def __init__(self, columns: int, place: str, needs: frozenset[str] = frozenset(), stream: int = 0) -> None:
         unknown = needs - NEEDS
         if unknown:
             raise AnyQuantError(f"{place}: unknown statistics {sorted(unknown)}; known: {sorted(NEEDS)}")
@@ -62,14 +66,16 @@ class Running:
         self.squares = self._torch.zeros(columns, dtype=self._torch.float64)
         self._largest, self._sums = (self._zeros(columns, need) for need in ("absolute_maximum", "mean"))
         self._hessian, self._cross = (self._zeros((columns, columns), need) for need in ("hessian", "cross"))
+        self._residual = self._zeros((stream, columns), "residual") if stream else None
+        self.streams = self._residual is not None
         if self._sums is not None:
             self._sums = self._sums.double()
 
-    def add(self, activations: Any, unquantized: Any = None) -> None:
+    def add(self, activations: Any, unquantized: Any = None, stream: Any = None) -> None:
         """Account for `activations`, torch float32 (tokens, in).
 
-        `unquantized`, of the same shape, is what would enter had nothing been quantized: "cross" needs it. Raises
-        BadInputError when an activation is not finite.
+        `unquantized`, of the same shape, is what would enter had nothing been quantized: "cross" needs it. `stream`
+        (tokens, out) is r_f - r_x for "residual". Raises BadInputError when an activation is not finite.
         """
         for start in range(0, len(activations), SLICE):
             part = activations[start : start + SLICE].double()
@@ -91,27 +97,31 @@ class Running:
             if unquantized is None or unquantized.shape != activations.shape:
                 raise AnyQuantError(f"{self.place}: cross statistics need the unquantized activations beside these")
             self._cross.addmm_(unquantized.T, activations)
+        if self._residual is not None:
+            self._residual.addmm_(stream.T, activations)
 
     def result(self) -> Moments:
         """The means so far; the sums are given away with them. Raises UsageError when no token has been seen."""
         if not self.count:
             raise UsageError(f"{self.place}: no tokens to calibrate with; give a longer text")
-        for product in (self._hessian, self._cross):
+        for product in (self._hessian, self._cross, self._residual):
             if product is not None and not self._torch.isfinite(product.div_(self.count).sum()):
                 raise BadInputError(f"{self.place}: activations are so large that their products leave float32")
         if self._hessian is not None:
             _symmetrise(self._hessian)
-        largest, mean, hessian, cross = (
+        largest, mean, hessian, cross, residual = (
             None if array is None else array.float().numpy()
             for array in (
                 self._largest,
                 None if self._sums is None else self._sums / self.count,
                 self._hessian,
                 self._cross,
+                self._residual,
             )
         )
-        self._hessian = self._cross = None
-        return Moments((self.squares / self.count).float().numpy(), self.count, largest, mean, hessian, cross)
+        self._hessian = self._cross = self._residual = None
+        second = (self.squares / self.count).float().numpy()
+        return Moments(second, self.count, largest, mean, hessian, cross, residual)
 
     def _zeros(self, shape: Any, need: str) -> Any:
         return self._torch.zeros(shape) if need in self.needs else None

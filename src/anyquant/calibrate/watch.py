@@ -9,8 +9,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from anyquant.core.errors import AnyQuantError
-from anyquant.core.extras import require
 from anyquant.core.linear import Linear
+from anyquant.models.products import watch_products
 from anyquant.models.streaming import StreamedModel
 
 Sink = Callable[[str, Any], None]  # (input group, activations (tokens, in))
@@ -56,7 +56,7 @@ def watching(
                 model.places[linear.name].of(parameters[model.places[linear.name].parameter]).data_ptr(): group
                 for group, linear in experts.items()
             }
-            stack.enter_context(_products(addresses, arrive))
+            stack.enter_context(watch_products(addresses, arrive))
         yield
     missed = [groups[group] for group in own if group not in reached]
     if missed or (experts and not reached & experts.keys()):
@@ -71,22 +71,31 @@ def _hook(group: str, arrive: Sink) -> Callable[[Any, Arguments, Mapping[str, An
     return hook
 
 
-def _products(addresses: Mapping[int, str], arrive: Sink) -> Any:
-    """A torch mode that reports matrix products with a weight that begins at one of the addresses."""
-    torch = require("torch")
-    watched = {torch.nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm}
+class _Reached(Exception):  # noqa: N818 - not an error
+    """All that was to be seen of a pass has been seen."""
 
-    class Products(torch.overrides.TorchFunctionMode):  # type: ignore[misc,name-defined]
-        def __torch_function__(
-            self, function: Any, types: Any, arguments: Arguments = (), keywords: Mapping[str, Any] | None = None
-        ) -> Any:
-            if function in watched and len(arguments) > 1:
-                group = addresses.get(arguments[1].data_ptr())
-                if group is not None:
-                    arrive(group, arguments[0])
-            return function(*arguments, **(keywords or {}))
 
-    return Products()
+class Enough:
+    """Ends a pass through a block when every group has been reached; not where experts are, nor with `whole`."""
+
+    def __init__(self, groups: Mapping[str, Linear], whole: bool) -> None:
+        self._groups = groups.keys()
+        self._early = not whole and all(linear.expert is None for linear in groups.values())
+        self._seen: set[str] = set()
+
+    def arrived(self, group: str) -> None:
+        """Call when a group has been reached, as the last thing."""
+        self._seen.add(group)
+        if self._early and self._seen >= self._groups:
+            raise _Reached
+
+    def run(self, pass_through: Callable[[], Any]) -> Any:
+        """The result of a pass, None when it was ended."""
+        self._seen.clear()
+        try:
+            return pass_through()
+        except _Reached:
+            return None
 
 
 class Routing:

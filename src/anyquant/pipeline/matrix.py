@@ -1,6 +1,7 @@
 """The matrices of one stage: pruned, quantized, corrected, and kept as entries of the state."""
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from typing import Any
@@ -25,12 +26,27 @@ from anyquant.pipeline.work import Work
 from anyquant.store.state import entry_key
 
 CODE_VERSION = "3"  # changes whenever the same input may give other codes
-CHUNK_WEIGHTS = 1 << 24  # rows that are quantized at once: 64 MB of float32
+CHUNK_WEIGHTS = 1 << 24  # rows of embedding or head that are quantized at once: 64 MB of float32
+HESSIAN_BYTES = 1 << 29  # of experts that are observed in one pass
+MATRICES = frozenset({"hessian", "cross", "residual"})
+_EXPERT = re.compile(r"experts\.[0-9]+\.")
 
 
 def steps_of(decision: Decision) -> list[Step]:
     """Pruner, algorithm and corrector of a decision."""
     return [step for step in (decision.prune, Step(decision.algorithm, decision.options), decision.correct) if step]
+
+
+def statistics_needed(decisions: Sequence[Decision]) -> frozenset[str]:
+    """What has to be known of the inputs of these Linears."""
+    found: set[str] = set()
+    for decision in decisions:
+        for step in steps_of(decision):
+            algorithm = ALGORITHMS.get(step.name)
+            found |= algorithm.needed(step.options) | algorithm.uses
+        if decision.input_activation is not None and decision.input_activation.mode == "static":
+            found.add("absolute_maximum")
+    return frozenset(found)
 
 
 @dataclass(frozen=True)
@@ -62,32 +78,74 @@ class Matrices:
         self._job, self._checkpoint, self._work, self._states, self._notes = job, checkpoint, work, states, notes
         self._shared = SharedParameters(job, checkpoint)
 
-    def quantize_block(self, live: LiveBlock, moments: Mapping[str, Moments]) -> dict[str, str]:
-        """Every Linear of the block; the decoded weights take the place of the float ones. Linear name to entry key.
+    def quantize_block(self, live: LiveBlock) -> tuple[dict[str, str], dict[str, Moments]]:
+        """Every Linear of the block; the decoded weights take the place of the float ones.
 
-        Matrices that are tuned together come last: they see the others as they were quantized.
+        Linear name to entry key, and the statistics by input group. Matrices with error feedback see what the quantized
+        matrices before them in the block make; those that are tuned together come last, and see all others quantized.
         """
         entries: dict[str, str] = {}
-        tuned: dict[str, list[Linear]] = {}
-        for linear in live.linears:
-            decision = self._job.plan.decisions[linear.name]
-            if ALGORITHMS.get(decision.algorithm).tune is not None:
-                tuned.setdefault(decision.algorithm, []).append(linear)
+        moments: dict[str, Moments] = {}
+        *steps, tuned = self._steps(live.linears)
+        for linears in steps:
+            found = live.observe(self._needed(linears), linears)
+            for linear in linears:
+                entries[linear.name] = self._one(linear, live, found[linear.input_group])
+            moments |= {group: _without_matrices(one) for group, one in found.items()}
+        if tuned:
+            found = live.observe(self._needed(tuned), tuned)
+            for algorithm in dict.fromkeys(self._decision(linear).algorithm for linear in tuned):
+                together = [linear for linear in tuned if self._decision(linear).algorithm == algorithm]
+                entries |= self._tune(algorithm, together, live, found)
+            moments |= {group: _without_matrices(one) for group, one in found.items()}
+        return entries, moments
+
+    def _steps(self, linears: Sequence[Linear]) -> list[list[Linear]]:
+        """Linears that are observed in one pass, in order; the last list holds those that are tuned.
+
+        Those with error feedback go input by input, experts in as large parts as their Hessians leave room for.
+        """
+        apart: dict[str, list[Linear]] = {}
+        tuned: list[Linear] = []
+        for linear in linears:
+            algorithm = ALGORITHMS.get(self._decision(linear).algorithm)
+            if algorithm.tune is not None:
+                tuned.append(linear)
                 continue
-            weights = live.weights(linear)
-            check_finite(weights, f"tensor {linear.view.tensor} ({linear.name})")
-            key = self._key(linear, [weights], moments[linear.input_group])
-            if not self._work.entries.has(key, find_grid):
-                self._quantize(linear, weights, moments[linear.input_group], key)
-            live.assign(linear, self._work.entry(key).load().decode())
-            entries[linear.name] = key
-        for algorithm, linears in tuned.items():
-            entries |= self._tune(algorithm, linears, live, moments)
-        return entries
+            needs = self._needed([linear]) & MATRICES
+            place = _EXPERT.sub("experts.", linear.input_group) if needs else ""
+            apart.setdefault(place, []).append(linear)
+        steps = []
+        for alike in apart.values():
+            step: list[Linear] = []
+            for linear in alike:
+                groups = {one.input_group: one for one in (*step, linear)}
+                size = sum(4 * one.shape[1] ** 2 * len(self._needed([one]) & MATRICES) for one in groups.values())
+                if step and linear.expert is not None and size > HESSIAN_BYTES:
+                    steps.append(step)
+                    step = []
+                step.append(linear)
+            steps.append(step)
+        return [*steps, tuned]
+
+    def _decision(self, linear: Linear) -> Decision:
+        return self._job.plan.decisions[linear.name]
+
+    def _needed(self, linears: Sequence[Linear]) -> frozenset[str]:
+        return statistics_needed([self._decision(linear) for linear in linears])
+
+    def _one(self, linear: Linear, live: LiveBlock, moments: Moments) -> str:
+        weights = live.weights(linear)
+        check_finite(weights, f"tensor {linear.view.tensor} ({linear.name})")
+        key = self._key(linear, [weights], moments)
+        if not self._work.entries.has(key, find_grid):
+            self._quantize(linear, weights, moments, key)
+        live.assign(linear, self._work.entry(key).load().decode())
+        return key
 
     def quantize_edge(self, linear: Linear, moments: Moments | None) -> str:
         """Embedding or head, by pieces of rows from the checkpoint; its entry key."""
-        decision = self._job.plan.decisions[linear.name]
+        decision = self._decision(linear)
         step = max(1, CHUNK_WEIGHTS // linear.view.columns)
         pieces = [(first, min(step, linear.view.rows - first)) for first in range(0, linear.view.rows, step)]
 
@@ -113,12 +171,12 @@ class Matrices:
             entry.write(0, result)
 
     def _task(self, linear: Linear, weights: Float32, moments: Moments | None) -> Task:
-        decision = self._job.plan.decisions[linear.name]
+        decision = self._decision(linear)
         grid = find_grid(decision.grid)
         return Task(weights, grid, moments, decision.options, self._shared.of(linear), place=linear.name)
 
     def _pruned(self, linear: Linear, task: Task) -> Task:
-        step = self._job.plan.decisions[linear.name].prune
+        step = self._decision(linear).prune
         if step is None:
             return task
         prune = ALGORITHMS.get(step.name).prune
@@ -128,14 +186,19 @@ class Matrices:
 
     def _apply(self, linear: Linear, task: Task) -> QTensor:
         """Prune, quantize, correct."""
-        quantize = ALGORITHMS.get(self._job.plan.decisions[linear.name].algorithm).quantize
+        quantize = ALGORITHMS.get(self._decision(linear).algorithm).quantize
         if quantize is None:
-            raise AnyQuantError(f"{linear.name}: {self._job.plan.decisions[linear.name].algorithm} does not quantize")
+            raise AnyQuantError(f"{linear.name}: {self._decision(linear).algorithm} does not quantize")
         pruned = self._pruned(linear, task)
+        notes = ALGORITHMS.get(self._decision(linear).algorithm).notes
+        if notes is not None:
+            self._notes += [
+                f"{linear.name}: {note}" for note in notes(pruned) if f"{linear.name}: {note}" not in self._notes
+            ]
         return self._corrected(linear, task, quantize(pruned))
 
     def _corrected(self, linear: Linear, task: Task, result: QTensor) -> QTensor:
-        step = self._job.plan.decisions[linear.name].correct
+        step = self._decision(linear).correct
         if step is None:
             return result
         correct = ALGORITHMS.get(step.name).correct
@@ -168,7 +231,7 @@ class Matrices:
 
     def _key(self, linear: Linear, pieces: Any, moments: Moments | None) -> str:
         """The hash of all that determines the entry: weights, steps, statistics; for tuned matrices also the states."""
-        decision = self._job.plan.decisions[linear.name]
+        decision = self._decision(linear)
         source = sha256(repr(linear.shape).encode())
         for piece in pieces:
             source.update(np.ascontiguousarray(piece).data)
@@ -179,9 +242,14 @@ class Matrices:
         return entry_key(source.hexdigest(), steering, "" if moments is None else _digest(moments), CODE_VERSION)
 
 
+def _without_matrices(moments: Moments) -> Moments:
+    """The part of the statistics that is small enough to be kept."""
+    return Moments(moments.second_moment, moments.count, moments.absolute_maximum, moments.mean)
+
+
 def _digest(moments: Moments) -> str:
     total = sha256(str(moments.count).encode())
-    for name in ("second_moment", "absolute_maximum", "mean", "hessian", "cross"):
+    for name in ("second_moment", "absolute_maximum", "mean", "hessian", "cross", "residual"):
         array = getattr(moments, name)
         if array is not None:
             total.update(f"{name}{array.shape}".encode())

@@ -17,11 +17,10 @@ from anyquant.calibrate.stats import Moments, Statistics
 from anyquant.calibrate.text import Document
 from anyquant.core.errors import BadInputError
 from anyquant.core.linear import Linear
-from anyquant.core.plan import Decision
 from anyquant.core.progress import Progress
 from anyquant.models.families import HEAD_INPUT
 from anyquant.models.streaming import StreamedModel
-from anyquant.pipeline.matrix import Matrices, steps_of
+from anyquant.pipeline.matrix import Matrices, statistics_needed, steps_of
 from anyquant.pipeline.planner import Job
 from anyquant.pipeline.scene import Rewriting
 from anyquant.pipeline.work import Record, Work
@@ -56,18 +55,6 @@ def is_staged(job: Job) -> bool:
     static = any(one.input_activation is not None and one.input_activation.mode == "static" for one in decisions)
     apart = all(ALGORITHMS.get(step.name).rows_apart for one in decisions for step in steps_of(one))
     return static or not apart or Rewriting.calibrated(job.plan.transforms)
-
-
-def statistics_needed(decisions: Sequence[Decision]) -> frozenset[str]:
-    """What has to be known of the inputs of these Linears."""
-    found: set[str] = set()
-    for decision in decisions:
-        for step in steps_of(decision):
-            algorithm = ALGORITHMS.get(step.name)
-            found |= algorithm.needed(step.options) | algorithm.uses
-        if decision.input_activation is not None and decision.input_activation.mode == "static":
-            found.add("absolute_maximum")
-    return frozenset(found)
 
 
 class Stages:
@@ -129,16 +116,12 @@ class Stages:
                 self._moments[group] = Moments(array[1:], int(array[0]), record.arrays.get(MAXIMA + group))
 
     def _block(self, live: LiveBlock) -> Record:
-        """Rewrite, observe, quantize and advance one block."""
+        """Rewrite, quantize and advance one block."""
         notes: list[str] = []
         rewrites = self.rewriting.block(live, notes)
-        decisions = [self.job.plan.decisions[linear.name] for linear in live.linears]
-        moments = live.observe(statistics_needed(decisions))
-        notes += [
-            f"{name}: no token reached this expert; its statistics are the others' mean" for name in live.unrouted
-        ]
         matrices = Matrices(self.job, self.rewriting.checkpoint, self.work, self._states, notes)
-        entries = matrices.quantize_block(live, moments)
+        entries, moments = matrices.quantize_block(live)
+        notes += [f"{name}: no token reached this expert; the others' mean was taken" for name in live.unrouted]
         live.advance()
         record = Record(entries, {**rewrites, **_kept(moments)}, tuple(notes))
         self._take(record)
