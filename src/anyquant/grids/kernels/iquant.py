@@ -5,7 +5,7 @@ import numpy.typing as npt
 
 from anyquant.core.dtypes import Float32
 from anyquant.grids.iquant_search import BLOCK, LATTICES, SEARCHES, SUPER, tables
-from anyquant.grids.kernels import iquant_lattice, iquant_levels
+from anyquant.grids.kernels import iquant_lattice, iquant_levels, iquant_nearest
 
 Stored = dict[str, npt.NDArray[np.generic]]
 Codes = npt.NDArray[np.unsignedinteger]
@@ -45,7 +45,7 @@ def encode_lattice(name: str, weights: Float32, scales: Float32) -> Codes:
     book = tables(name).book
     codes = np.empty((len(weights), weights.shape[1] // lattice.vector), dtype=lattice.code_dtype)
     source, norms = np.ascontiguousarray(weights, dtype=np.float32), (book * book).sum(axis=0)
-    iquant_lattice.encode(source, scales, book, norms, lattice.even, lattice.index_bits, codes)
+    iquant_nearest.encode(source, scales, book, norms, lattice.even, lattice.index_bits, codes)
     return codes
 
 

@@ -3,8 +3,8 @@
 value = scale * magnitude * sign, scale = d * (2 * integer + 1) * unit. Arrays are (dims, vectors): what is known of
 each vector of weights lies side by side, so that loops over vectors, and over the candidates of one vector, become SIMD
 code. Sub-blocks are tried in step, each with its own scale. Which entry is nearest under the weights of the objective
-is decided among the candidates of the pattern of rounded magnitudes (`iquant_search.tables`); `encode`, with equal
-weights, looks at every entry. Sums are never reassociated, so results do not depend on the width of vectors.
+is decided among the candidates of the pattern of rounded magnitudes (`iquant_search.tables`). Sums are never
+reassociated, so results do not depend on the width of vectors.
 """
 
 import numpy as np
@@ -370,71 +370,3 @@ def quantize(weights, importance, kind, factor, shape, tables, steps, trials, ef
             evaluate(facts, even, tables, scales, chunk, work, ideal, weight)
             d_out[row, index] = d
             emit(even, index_bits, entry, signs, flip, codes[row, index * per_super : (index + 1) * per_super])
-
-
-@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
-def nearest_entry(book, norms, a, scale, cost, bits, flipped):  # type: ignore[no-untyped-def]
-    """(entry, squared error less sum a^2) of the entry nearest to |x| = `a`; one sign reversed where `flipped`.
-
-    `book` (dims, entries) and `norms` (entries,) float32: magnitudes, and the sums of their squares.
-    """
-    dims, entries = book.shape
-    rest = ZERO
-    for j in range(dims):
-        rest += a[j] * a[j]
-    for k in range(entries):
-        cost[k] = rest + scale * scale * norms[k]
-    for j in range(0, dims, 4):
-        a0, a1 = -TWO * scale * a[j], -TWO * scale * a[j + 1]
-        a2, a3 = -TWO * scale * a[j + 2], -TWO * scale * a[j + 3]
-        b0, b1, b2, b3 = book[j], book[j + 1], book[j + 2], book[j + 3]
-        for k in range(entries):
-            cost[k] += (a0 * b0[k] + a1 * b1[k]) + (a2 * b2[k] + a3 * b3[k])
-        if flipped:
-            for k in range(entries):
-                cost[k] -= TWO * max(max(a0 * b0[k], a1 * b1[k]), max(a2 * b2[k], a3 * b3[k]))
-    found = np.int64(2**62)
-    for k in range(entries):
-        found = min(found, (np.int64(bits[k]) << 32) | k)
-    entry = np.int32(found & np.int64(0xFFFF))
-    return entry, cost[entry]
-
-
-@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
-def encode(weights, scales, book, norms, even, index_bits, codes):  # type: ignore[no-untyped-def]
-    """The nearest code of every vector, all entries compared: `weights` (rows, in), `scales` (rows, vectors)."""
-    dims, entries = book.shape
-    cost = np.empty(entries, np.float32)
-    bits = cost.view(np.int32)
-    a = np.empty((2, dims), np.float32)
-    vector = weights.shape[1] // codes.shape[1]
-    for row in range(codes.shape[0]):
-        for index in range(codes.shape[1]):
-            source = weights[row, index * vector : (index + 1) * vector]
-            scale = scales[row, index]
-            negative, ones = np.int64(0), np.int64(0)
-            for j in range(vector):
-                below = np.int64(source[j] < ZERO)
-                negative |= below << j
-                ones += below
-                a[j // dims, j % dims] = abs(source[j])
-            entry, error = nearest_entry(book, norms, a[0], scale, cost, bits, False)
-            if even:
-                second, second_error = nearest_entry(book, norms, a[1], scale, cost, bits, False)
-                if ones & 1:
-                    other, other_error = nearest_entry(book, norms, a[0], scale, cost, bits, True)
-                    last, last_error = nearest_entry(book, norms, a[1], scale, cost, bits, True)
-                    half_flipped = 0 if other_error + second_error <= error + last_error else 1
-                    if half_flipped == 0:
-                        entry = other
-                    else:
-                        second = last
-                    cheapest, at = LARGE, 0
-                    for j in range(dims):
-                        price = a[half_flipped, j] * book[j, entry if half_flipped == 0 else second]
-                        if price < cheapest:
-                            cheapest, at = price, half_flipped * dims + j
-                    negative ^= 1 << at
-                codes[row, index] = entry | (second << 8) | ((negative & 127) << 16)
-            else:
-                codes[row, index] = entry | (negative << index_bits)
