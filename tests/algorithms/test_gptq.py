@@ -122,21 +122,21 @@ def test_it_is_far_better_than_rounding(name: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"order": "activation"}, {"refine": 2}, {"refine": 2, "groups": "static"}])
-@pytest.mark.parametrize("keep", [None, KEEP], ids=["whole", "masked"])
+@pytest.mark.parametrize("keep", [None, KEEP[:64]], ids=["whole", "masked"])
 def test_grids_with_and_without_a_lattice_get_the_same_codes(options: dict[str, Any], keep: Any) -> None:
     compiled, slow = (
-        quantize(Task(WEIGHTS, chosen, STATS, options, keep=keep))
+        quantize(Task(WEIGHTS[:64], chosen, STATS, options, keep=keep))
         for chosen in (grid("q4_k"), without_lattice(grid("q4_k")))
     )
     if options.get("refine") and options.get("groups") != "static":  # stretching needs to know what shares a scale
-        assert loss(WEIGHTS - slow.decode(), HESSIAN) < 1.1 * loss(WEIGHTS - compiled.decode(), HESSIAN)
+        assert loss(WEIGHTS[:64] - slow.decode(), HESSIAN) < 1.1 * loss(WEIGHTS[:64] - compiled.decode(), HESSIAN)
     else:
         assert (compiled.decode() == slow.decode()).all(axis=1).mean() > 0.97
 
 
 @pytest.mark.parametrize("chosen", [grid("int3-g64"), grid("iq4_nl"), Pairs()], ids=lambda chosen: str(chosen.name))
 def test_refined_to_the_end_no_code_can_be_improved(chosen: Grid) -> None:
-    options = {"refine": 40, "groups": "static"}
+    options = {"refine": 25, "groups": "static"}
     task = Task(WEIGHTS[:4], chosen, STATS, options, keep=KEEP[:4])
     found = quantize(task)
     assert found.params.keys() == {p.name for p in chosen.parameters}
@@ -168,10 +168,11 @@ def test_refined_to_the_end_no_code_can_be_improved(chosen: Grid) -> None:
     ids=lambda chosen: str(chosen.name),
 )
 def test_refinement_never_makes_a_row_block_worse(chosen: Grid) -> None:
-    last = np.full(ROWS, np.inf)
-    for sweeps in range(4):
-        found = quantize(Task(WEIGHTS, chosen, STATS, {"refine": sweeps}))
-        residual = WEIGHTS.astype(np.float64) - found.decode()
+    rows = ROWS if chosen.name == "fp8_e4m3-block" else 32
+    last: Any = np.inf
+    for sweeps in (0, 1, 3):
+        found = quantize(Task(WEIGHTS[:rows], chosen, STATS, {"refine": sweeps}))
+        residual = WEIGHTS[:rows].astype(np.float64) - found.decode()
         losses = (residual @ SQUARE * residual).sum(1)
         if chosen.name == "fp8_e4m3-block":  # 128 rows share a scale
             losses = losses.reshape(-1, 128).sum(1)

@@ -77,11 +77,11 @@ class Factor:
 
     def arranged(self, matrix: Matrix) -> Matrix:
         """The columns of `matrix` (rows, in) in the order of handling."""
-        return matrix if self.route.order == "natural" else np.ascontiguousarray(matrix[:, self.columns])
+        return matrix if self.route.order == "natural" else np.take(matrix, self.columns, axis=1)
 
     def restored(self, matrix: Matrix) -> Matrix:
         """Undoes `arranged`."""
-        return matrix if self.route.order == "natural" else np.ascontiguousarray(matrix[:, np.argsort(self.columns)])
+        return matrix if self.route.order == "natural" else np.take(matrix, np.argsort(self.columns), axis=1)
 
 
 def factor(moments: Moments, route: Route, dampening: float, place: str) -> Factor:
@@ -108,11 +108,16 @@ def damped(hessian: Float32, columns: Order, dampening: float) -> npt.NDArray[np
     diagonal = hessian.diagonal()
     live = diagonal > 0
     mean = float(diagonal[live].mean(dtype=np.float64)) if live.any() else 1.0
-    natural = bool((np.diff(columns) == 1).all())
-    result = (hessian if natural else hessian[np.ix_(columns, columns)]).astype(np.float64)
+    steps = np.diff(columns)
+    if (steps == 1).all() or (steps == -1).all():
+        step = 1 if columns[0] == 0 else -1
+        result = hessian[::step, ::step].astype(np.float64, order="C")
+    else:
+        result = np.take(np.take(hessian, columns, axis=0), columns, axis=1).astype(np.float64)
     at = ~live[columns]
-    result[at, :] = 0
-    result[:, at] = 0
+    if at.any():
+        result[at, :] = 0
+        result[:, at] = 0
     result[np.diag_indices_from(result)] += np.where(at, mean, dampening * mean)
     return result
 
@@ -145,7 +150,7 @@ def _lower_reversed(hessian: Float32, columns: Order, dampening: float, place: s
     torch = require("torch")
     used = dampening
     while True:
-        reversed_order = torch.from_numpy(np.ascontiguousarray(damped(hessian, columns, used)[::-1, ::-1]))
+        reversed_order = torch.from_numpy(damped(hessian, columns[::-1], used))
         lower, failed = torch.linalg.cholesky_ex(reversed_order)
         if not failed.item() and bool(torch.isfinite(lower.diagonal()).all()):
             return lower, used

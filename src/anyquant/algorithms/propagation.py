@@ -15,8 +15,7 @@ where we take the original weights for the deviations W P, not those that feedba
 for the feedback, C - H is not: with more dampening T falls back to W. `mixing` multiplies what is added to W.
 
 A matrix whose output is added to a stream r can make up for what the stream has gone wrong by, too: with B = mean
-(r_F - r_X) x^T, the minimum of the mean of |r_F + W f - r_X - Q x|^2 adds B H^-1 to T. B is taken from the statistics
-as `residual` (out, in), where they have it; `mixing` multiplies it, too.
+(r_F - r_X) x^T, the minimum of the mean of |r_F + W f - r_X - Q x|^2 adds B H^-1 to T. `mixing` multiplies it, too.
 """
 
 from typing import Any
@@ -49,9 +48,8 @@ def best_target(task: Task, factor: Factor, kind: str, mixing: float) -> Float32
     key = ("propagation", named, factor.route if named == "gptaq" else None, factor.dampening)
     added = task.stats.once(key, lambda: _matrix(named, cross, hessian, factor))
     wanted = torch.addmm(torch.from_numpy(task.weights), torch.from_numpy(task.weights), added, alpha=mixing)
-    residual = getattr(task.stats, "residual", None)
-    if residual is not None:
-        sound = _sound(residual, task.shape, "residual moments", task.place)
+    if task.stats.residual is not None:
+        sound = _sound(task.stats.residual, task.shape, "residual moments", task.place)
         wanted += mixing * _solved(sound, hessian, factor)
     result: Float32 = wanted.numpy()
     return result
