@@ -33,6 +33,7 @@ def dense(operation: Operation) -> Any:
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda o: f"{o.kind}-{o.size}")
 def test_inverse_transposed_and_dual(operation: Operation) -> None:
     matrix = dense(operation)
+    np.testing.assert_allclose(operation.apply_down(np.eye(24, dtype=np.float32)), matrix, atol=1e-6)
     np.testing.assert_allclose(dense(operation.inverse), np.linalg.inv(matrix), atol=1e-6)
     np.testing.assert_allclose(dense(operation.transposed), matrix.T, atol=1e-6)
     np.testing.assert_allclose(dense(operation.dual), np.linalg.inv(matrix).T, atol=1e-6)
@@ -42,7 +43,7 @@ def test_inverse_transposed_and_dual(operation: Operation) -> None:
 def test_hadamard_matrices(order: int) -> None:
     factors = hadamard_factors(order)
     assert factors is not None
-    product = hadamard_product(np.eye(order, dtype=np.float32), factors).T
+    product = hadamard_product(np.eye(order, dtype=np.float32)[:, :, None], factors)[:, :, 0].T
     assert set(np.unique(product)) <= {-1.0, 1.0}
     np.testing.assert_array_equal(product @ product.T, order * np.eye(order))
     if order & (order - 1) == 0:

@@ -22,7 +22,7 @@ from anyquant.transforms.structure import refuses_norms
 
 Float64 = npt.NDArray[np.float64]
 
-DEFAULTS = {"ratios": 20, "duo": True, "rows": 1024, "bound": 256.0, "sites": "all"}
+DEFAULTS = {"ratios": 20, "duo": True, "rows": 512, "bound": 256.0, "sites": "all"}
 FLOOR = 1e-4  # of the largest: channels below it count as dead
 
 

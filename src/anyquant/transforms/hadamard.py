@@ -41,22 +41,22 @@ def hadamard_factors(order: int) -> tuple[Float32, ...] | None:
 
 
 def hadamard_product(vectors: Float32, factors: tuple[Float32, ...]) -> Float32:
-    """H x for each row x of `vectors` (count, order), where H is the Kronecker product of `factors`; not normalised.
+    """H x for each x = vectors[i, :, j] of `vectors` (count, order, width), H the Kronecker product of `factors`.
 
-    Each row is computed by itself, so the result of a row does not depend on which others are given.
+    Not normalised. With width 1 the result of a vector does not depend on which others are given.
     """
-    count, order = vectors.shape
+    count, order, width = vectors.shape
     result = np.ascontiguousarray(vectors, dtype=np.float32)
     before = 1
     for factor in factors:
         size = len(factor)
-        after = order // (before * size)
         before *= size
+        after = order // before * width
         if after == 1:
-            result = np.matmul(result.reshape(count, order // size, size), factor.T)
+            result = np.matmul(result.reshape(count, before // size, size), factor.T)
         else:
-            result = np.matmul(factor, result.reshape(count, order // (size * after), size, after))
-    return result.reshape(count, order)
+            result = np.matmul(factor, result.reshape(count, before // size, size, after))
+    return result.reshape(vectors.shape)
 
 
 def _candidates(order: int) -> list[int]:

@@ -44,6 +44,5 @@ def _both_sides(matrix: Float32 | None, operation: Operation) -> Float32 | None:
     """T M T^T."""
     if matrix is None:
         return None
-    half = operation.apply(matrix)  # M T^T: each row m becomes T m
-    both: Float32 = np.ascontiguousarray(operation.apply(np.ascontiguousarray(half.T)).T)
+    both: Float32 = operation.apply_down(operation.apply(matrix))
     return both

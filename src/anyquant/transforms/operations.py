@@ -38,6 +38,10 @@ class Operation(Protocol):
         """T x for each row x of `vectors` (count, size), float32; the input is not changed."""
         ...
 
+    def apply_down(self, matrix: Float32) -> Float32:
+        """T M for `matrix` M (size, any), float32; the input is not changed."""
+        ...
+
     def part(self, start: int, stop: int) -> "Operation":
         """The operation on channels [start, stop) alone. Raises AnyQuantError when it mixes channels."""
         ...
@@ -76,6 +80,10 @@ class Scale:
         scaled: Float32 = vectors * self.values
         return scaled
 
+    def apply_down(self, matrix: Float32) -> Float32:
+        scaled: Float32 = matrix * self.values[:, None]
+        return scaled
+
     def part(self, start: int, stop: int) -> "Scale":
         return Scale(self.values[start:stop])
 
@@ -111,6 +119,9 @@ class Replace:
     def apply(self, vectors: Float32) -> Float32:
         return np.broadcast_to(self.values, vectors.shape).astype(np.float32)
 
+    def apply_down(self, matrix: Float32) -> Float32:
+        return np.broadcast_to(self.values[:, None], matrix.shape).astype(np.float32)
+
     def part(self, start: int, stop: int) -> "Replace":
         return Replace(self.values[start:stop])
 
@@ -139,6 +150,10 @@ class Permute:
 
     def apply(self, vectors: Float32) -> Float32:
         moved: Float32 = vectors[:, self.index]
+        return moved
+
+    def apply_down(self, matrix: Float32) -> Float32:
+        moved: Float32 = matrix[self.index]
         return moved
 
     def part(self, start: int, stop: int) -> Operation:
@@ -176,15 +191,22 @@ class Hadamard:
             raise AnyQuantError(f"no Hadamard rotation of {len(self.signs)} channels divides {self.size}")
 
     def apply(self, vectors: Float32) -> Float32:
+        return self._turn(vectors, 1)
+
+    def apply_down(self, matrix: Float32) -> Float32:
+        return self._turn(matrix, matrix.shape[1])
+
+    def _turn(self, values: Float32, width: int) -> Float32:
+        """Turn runs of consecutive vectors of `width` values each; with width 1, of single values."""
         order = len(self.signs)
         factors = hadamard_factors(order) or ()
-        signs = self.signs.astype(np.float32) / np.float32(math.sqrt(order))
-        runs = np.ascontiguousarray(vectors).reshape(-1, order)
+        signs = (self.signs.astype(np.float32) / np.float32(math.sqrt(order)))[:, None]
+        runs = np.ascontiguousarray(values).reshape(-1, order, width)
         if self.backward:
             mixed = hadamard_product(runs, tuple(factor.T for factor in factors)) * signs
         else:
             mixed = hadamard_product(runs * signs, factors)
-        result: Float32 = mixed.reshape(vectors.shape)
+        result: Float32 = mixed.reshape(values.shape)
         return result
 
     def part(self, start: int, stop: int) -> Operation:
@@ -221,6 +243,11 @@ class Rotate:
         order = len(self.matrix)
         mixed: Float32 = np.ascontiguousarray(vectors).reshape(-1, order) @ self.matrix.T
         return mixed.reshape(vectors.shape)
+
+    def apply_down(self, matrix: Float32) -> Float32:
+        runs = np.ascontiguousarray(matrix).reshape(-1, len(self.matrix), matrix.shape[1])
+        mixed: Float32 = np.matmul(self.matrix, runs)
+        return mixed.reshape(matrix.shape)
 
     def part(self, start: int, stop: int) -> Operation:
         raise AnyQuantError("a rotation has no parts")

@@ -18,7 +18,7 @@ from anyquant.transforms.rewrites import Rewrites, chain
 from anyquant.transforms.search import LEAST_GAIN, Reader, site_error, site_readers
 from anyquant.transforms.sites import Site, block_sites
 
-DEFAULTS = {"ffn": True, "heads": True, "rows": 1024}
+DEFAULTS = {"ffn": True, "heads": True, "rows": 512}
 
 
 def block(scene: Scene, options: Mapping[str, Any]) -> Rewrites:

@@ -60,8 +60,7 @@ class Rewrite:
         whole = (begin, end) == (self.start, self.stop)
         operation = self.operation if whole else self.operation.part(begin - self.start, end - self.start)
         for start in range(0, part.shape[1], STRIPE):
-            stripe = np.ascontiguousarray(part[:, start : start + STRIPE].T)
-            part[:, start : start + STRIPE] = operation.apply(stripe).T
+            part[:, start : start + STRIPE] = operation.apply_down(part[:, start : start + STRIPE])
 
 
 @dataclass(frozen=True)
