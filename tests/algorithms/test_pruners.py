@@ -68,7 +68,7 @@ def test_sparsegpt_and_gptq_behind_it_find_the_weights_of_the_slow_reference(pat
 
     gptq = ALGORITHMS.get(ALGORITHMS.get("sparsegpt").finisher).quantize
     assert gptq is not None
-    found = gptq(Task(WEIGHTS, task.grid, STATS, keep=keep))
+    found = gptq(Task(WEIGHTS, task.grid, STATS, {"refine": 0}, keep=keep))
     np.testing.assert_allclose(found.decode(), expected, rtol=0, atol=1e-6)
     assert isinstance(found.corrections[0], Mask)
 

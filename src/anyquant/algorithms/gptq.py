@@ -26,7 +26,7 @@ DEFAULTS = {
     "groups": "dynamic",
     "steering": "conditional",
     "block": 128,
-    "refine": 0,
+    "refine": 1,
     "propagation": "auto",
     "mixing": 1.0,
 }
