@@ -21,6 +21,7 @@ def line(name: str, source: str, error: float | None) -> Line:
 
 
 REPORT = Report(
+    chain="rtn",
     anyquant="0.1.0",
     model="mine",
     family="llama",
@@ -68,6 +69,8 @@ KEYS = [
     "target",
     "label",
     "artifact",
+    "chain",
+    "notes",
     "nbytes",
     "source_bytes",
     "weights",

@@ -271,6 +271,7 @@ class Maker:
             family=self.original.family,
             target=request.target.name,
             label=job.plan.label,
+            chain=chain_of(job),
             artifact=self.rules.entry,
             nbytes=job.layout.nbytes,
             source_bytes=sum(checkpoint.spec(name).nbytes for name in checkpoint.names()),
@@ -289,8 +290,17 @@ class Maker:
             versions=_versions(),
             seconds=self.watch.seconds,
             peak_memory=_peak_memory(),
-            warnings=(*self.warnings, *finished.quantized.notes),
+            warnings=tuple(self.warnings),
+            notes=finished.quantized.notes,
         )
+
+
+def chain_of(job: Job) -> str:
+    """What is done to the matrices that leave float, as one writes it; several chains are separated by semicolons."""
+    chains = [one.chain for one in job.plan.decisions.values() if one.grid not in ("f32", "f16", "bf16") or one.prune]
+    named = dict.fromkeys(chains) or {"none": None}
+    before = "".join(f"{step.name} -> " for step in job.plan.transforms)
+    return "; ".join(before + chain for chain in named)
 
 
 def _peak_memory() -> int:

@@ -21,6 +21,7 @@ from anyquant.models.architecture import Architecture
 from anyquant.pipeline.activations import input_activation, parse_activation
 from anyquant.pipeline.chain import Chain, parse_chain
 from anyquant.pipeline.recipe import Recipe, Rule
+from anyquant.transforms import TRANSFORMS
 
 # outside the block Linears: what `--grid` does not touch
 APART = (Role.EMBEDDING, Role.HEAD, Role.ROUTER)
@@ -215,12 +216,19 @@ def make_plan(model: Model, target: Rules, recipe: Recipe, importance: bool) -> 
                 "name it in the recipe's algorithm"
             )
     activation = None if recipe.activations is None else parse_activation(recipe.activations)
+    transforms = parse_chain(recipe.algorithm, recipe.options).transforms
     decisions = {}
     for linear in architecture.linears:
         fitted = _fit(_decide(linear, wishes[linear.name], importance), linear, target)
         decisions[linear.name] = replace(fitted, input_activation=input_activation(activation, linear, fitted.grid))
     if activation is not None and not any(decision.input_activation for decision in decisions.values()):
         raise UsageError(f"--activations {recipe.activations}: no matrix of the blocks is quantized; give --grid")
+    calibrated = next((step.name for step in transforms if TRANSFORMS.get(step.name).block is not None), None)
+    if calibrated is not None and not importance:
+        raise UsageError(f"{calibrated} is found from activations; leave out --data-free")
+    blocks = [decisions[linear.name].grid for linear in architecture.linears if linear.block is not None]
+    if calibrated is not None and all(find_grid(grid).family == "floating" for grid in blocks):
+        raise UsageError(f"{calibrated} prepares for rounding, and no matrix of the blocks is quantized; give --grid")
     if activation is not None and activation.mode == "static" and not importance:
         raise UsageError(f"--activations {recipe.activations}: static scales are calibrated; leave out --data-free")
     return Plan(
@@ -229,7 +237,7 @@ def make_plan(model: Model, target: Rules, recipe: Recipe, importance: bool) -> 
         carried={carried.name: target.default_carried for carried in architecture.carried},
         label=recipe.preset or recipe.grid or "recipe",
         importance=importance,
-        transforms=parse_chain(recipe.algorithm, recipe.options).transforms,
+        transforms=transforms,
     )
 
 

@@ -57,13 +57,18 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything a person or a machine may ask about an artifact. Plain data."""
+    """Everything a person or a machine may ask about an artifact. Plain data.
+
+    `chain` is what was done to the matrices, as one writes it. `notes` say matrix by matrix what was decided on the way
+    or did not go as usual.
+    """
 
     anyquant: str
     model: str
     family: str
     target: str
     label: str
+    chain: str
     artifact: str
     nbytes: int
     source_bytes: int
@@ -83,6 +88,7 @@ class Report:
     seconds: Mapping[str, float]
     peak_memory: int
     warnings: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = field(default=())
 
     @property
     def bits_per_weight(self) -> float:
@@ -185,6 +191,7 @@ def summary_rows(report: Report) -> list[tuple[str, str]]:
     rows = [
         ("verdict", report.status),
         ("artifact", report.artifact or "the whole folder"),
+        ("algorithm", report.chain),
         ("size", f"{report.nbytes:,} bytes, {report.bits_per_weight:.2f} bits per weight, {change}"),
     ]
     if report.loss is not None:
@@ -234,13 +241,14 @@ def render_markdown(report: Report) -> str:
     )
     lines += ["", "## Ledger", ""]
     lines += _table(
-        ("tensor", "source", "asked for", "applied", "bytes", "relative error", "why"),
+        ("tensor", "source", "asked for", "applied", "algorithm", "bytes", "relative error", "why"),
         [
             (
                 line.name,
                 f"{line.source} ({line.source_dtype})",
                 line.requested,
                 line.applied,
+                line.algorithm,
                 f"{line.target_bytes:,}",
                 "" if line.error is None else f"{line.error:.2e}",
                 line.reason,
@@ -249,6 +257,8 @@ def render_markdown(report: Report) -> str:
         ],
     )
     lines += [f"- unused: {_safe(name)} ({nbytes:,} bytes): {_safe(why)}" for name, nbytes, why in report.ledger.unused]
+    if report.notes:
+        lines += ["", "## Notes", "", *(f"- {_safe(note)}" for note in report.notes)]
     return _encodable("\n".join(lines) + "\n")
 
 
