@@ -163,6 +163,7 @@ def evaluate(
     text: str | Path | None = None,
     tokens: int | None = None,
     context: int = Calibration().context,
+    text_field: str = Calibration().field,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Measures:
@@ -170,7 +171,7 @@ def evaluate(
     return artifacts.evaluate(
         Path(artifact),
         model_path(against),
-        artifacts.Judging(None if text is None else str(text), tokens, context, threads or cores()),
+        artifacts.Judging(None if text is None else str(text), tokens, context, threads or cores(), text_field),
         progress or Silent(),
     )
 

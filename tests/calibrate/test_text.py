@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 
+from anyquant.calibrate.sources import read_documents
 from anyquant.calibrate.text import (
     Amounts,
     Document,
@@ -13,7 +14,6 @@ from anyquant.calibrate.text import (
     demo_splits,
     digest,
     load_tokenizer,
-    read_documents,
     split,
     token_count,
 )

@@ -1,26 +1,22 @@
-"""Text to documents of token ids, and three disjoint splits: calibrate (statistics), select (search), certify (proof).
+"""Documents of token ids, and three disjoint splits of them: calibrate (statistics), select (search), certify (proof).
 
 A Document is the unit of the later statistics: one window of at most `context` tokens. Windows of one `source` (a file
-of a folder, a record of a JSONL file) stay in one split. Of a single text file every window is its own source. A window
-whose tokens repeat an earlier one's is left out: it would carry text from one split into another, and count as evidence
-of its own.
+of a folder, a record, a row of an array) stay in one split. Of a single text file every window is its own source.
+`calibrate.sources` reads them.
 """
 
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from anyquant.core.errors import BadInputError, InconclusiveError, UsageError
+from anyquant.core.errors import BadInputError, InconclusiveError
 from anyquant.core.extras import require
 from anyquant.demo.text import split_documents
 
-_PIECE = 1 << 18  # characters tokenized at once, so that a huge file costs only what the budget takes from it
-_SHORTEST = 32  # tokens; a shorter rest of a cut text says little and is left out
+Chat = Callable[[list[dict[str, Any]], list[Any] | None, str], str]
 
 
 @dataclass(frozen=True)
@@ -36,12 +32,16 @@ class Document:
 class Tokenizer:
     """`encode` gives ids without special tokens; `prefix` is what the model expects in front (BOS), often empty.
 
-    `suffix` is what the tokenizer puts after a complete text, nearly always empty.
+    `suffix` is what the tokenizer puts after a complete text, nearly always empty. `chat` renders a conversation
+    (messages, tools or None, the place to name in messages) as the model was trained to see it, special tokens
+    included. `vocabulary` is the count of ids that the model knows; None: ids are not checked.
     """
 
     encode: Callable[[str], list[int]]
     prefix: tuple[int, ...] = ()
     suffix: tuple[int, ...] = ()
+    chat: Chat | None = None
+    vocabulary: int | None = None
 
     def whole(self, text: str) -> list[int]:
         """The ids of a complete text, special tokens included."""
@@ -97,27 +97,19 @@ def load_tokenizer(content: bytes, location: str = "tokenizer.json") -> Tokenize
     return Tokenizer(encode, tuple(full[:before]), tuple(full[before + len(bare) :]))
 
 
-def read_documents(
-    path: Path, tokenizer: Tokenizer, context: int, tokens: int | None = None, field: str = "text"
-) -> list[Document]:
-    """The documents of a text file, of a folder of .txt and .md files (by name), or of a .jsonl file's `field`.
+def within(tokenizer: Tokenizer, vocabulary: int) -> Tokenizer:
+    """The tokenizer, bound to a model of that many ids: one beyond them is a BadInputError, not a crash later on."""
 
-    No two have the same tokens. `context`: tokens of a window at most, prefix included. `tokens`: stop reading when
-    there are this many.
-    Raises BadInputError for what cannot be read as UTF-8 text, UsageError for a missing path or empty folder.
-    """
-    if context < _SHORTEST:
-        raise UsageError(f"a context of {context} tokens is too short to measure on; use at least {_SHORTEST}")
-    if not path.exists():
-        raise BadInputError(f"no text at {path}; give a text file, a folder of .txt or .md files, or a .jsonl file")
-    if path.is_dir():
-        documents = _folder(path, tokenizer, context)
-    elif path.suffix.lower() == ".jsonl":
-        documents = _records(path, tokenizer, context, field)
-    else:
-        windows = _windows(_pieces(path), tokenizer, context)
-        documents = (_document(path.name, number, ids, f"{path.name}#{number}") for number, ids in enumerate(windows))
-    return up_to(_distinct(documents), tokens)
+    def encode(text: str) -> list[int]:
+        ids = tokenizer.encode(text)
+        if ids and max(ids) >= vocabulary:
+            raise BadInputError(
+                f"the tokenizer gives the id {max(ids)}, the model's vocabulary has {vocabulary}: "
+                "the tokenizer belongs to another model"
+            )
+        return ids
+
+    return replace(tokenizer, encode=encode, vocabulary=vocabulary)
 
 
 def demo_splits(tokenizer: Tokenizer, context: int) -> Splits:
@@ -205,77 +197,3 @@ def up_to(documents: Iterable[Document], tokens: int | None) -> list[Document]:
         if tokens is not None and total >= tokens:
             break
     return taken
-
-
-def _distinct(documents: Iterable[Document]) -> Iterator[Document]:
-    seen = set()
-    for document in documents:
-        key = digest([document])
-        if key not in seen:
-            seen.add(key)
-            yield document
-
-
-def _document(name: str, number: int, ids: list[int], source: str) -> Document:
-    return Document(f"{name} window {number}", tuple(ids), source)
-
-
-def _windows(pieces: Iterable[str], tokenizer: Tokenizer, context: int) -> Iterator[list[int]]:
-    """Consecutive windows of `context` tokens, each with the prefix in front; a short last one is left out."""
-    room = context - len(tokenizer.prefix)
-    waiting: list[int] = []
-    alone = True
-    for piece in pieces:
-        waiting += tokenizer.encode(piece)
-        while len(waiting) >= room:
-            yield [*tokenizer.prefix, *waiting[:room]]
-            waiting = waiting[room:]
-            alone = False
-    if len(waiting) >= _SHORTEST or (alone and waiting):
-        yield [*tokenizer.prefix, *waiting]
-
-
-def _pieces(path: Path) -> Iterator[str]:
-    """The file's text in pieces that end with a line."""
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            while lines := file.readlines(_PIECE):
-                yield "".join(lines)
-    except UnicodeDecodeError as error:
-        raise BadInputError(f"{path} is not UTF-8 text ({error.reason}); convert it to UTF-8") from None
-    except OSError as error:
-        raise BadInputError(f"cannot read the text {path}: {error.strerror}") from None
-
-
-def _folder(path: Path, tokenizer: Tokenizer, context: int) -> Iterator[Document]:
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in {".txt", ".md"} and file.is_file())
-    if not files:
-        raise UsageError(f"no .txt or .md file in the folder {path}; give one that holds text")
-    for file in files:
-        name = file.relative_to(path).as_posix()
-        for number, ids in enumerate(_windows(_pieces(file), tokenizer, context)):
-            yield _document(name, number, ids, name)
-
-
-def _records(path: Path, tokenizer: Tokenizer, context: int, field: str) -> Iterator[Document]:
-    number = 0
-    for piece in _pieces(path):
-        for line in piece.removesuffix("\n").split("\n"):  # splitlines would also cut inside a string, at U+2028
-            number += 1
-            if not line.strip():
-                continue
-            name = f"{path.name} line {number}"
-            text = _field(line, field, f"{path}, line {number}")
-            for window, ids in enumerate(_windows([text], tokenizer, context)):
-                yield _document(name, window, ids, name)
-
-
-def _field(line: str, field: str, place: str) -> str:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise BadInputError(f"{place} is not JSON: {error}") from None
-    if not isinstance(record, dict) or not isinstance(record.get(field), str):
-        known = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
-        raise BadInputError(f"{place} has no text in field {field!r} (it has: {known}); name the field that holds it")
-    return str(record[field])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from anyquant.cli.options import TEXT_HELP
 from anyquant.cli.progress import TerminalProgress
 from anyquant.cli.tables import print_measures
 
@@ -13,7 +14,8 @@ from anyquant.cli.tables import print_measures
 @click.command("evaluate", short_help="Measure an artifact against the original.")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--against", required=True, metavar="MODEL", help="The original checkpoint.")
-@click.option("--text", type=click.Path(), metavar="PATH", help="Text file, folder or .jsonl (default: built-in text).")
+@click.option("--text", type=click.Path(), metavar="PATH", help=f"{TEXT_HELP} (default: built-in text).")
+@click.option("--text-field", metavar="NAME", default="text", show_default=True, help="Field of its records to take.")
 @click.option(
     "--tokens", type=click.IntRange(2), metavar="N", help="Stop with the document that reaches N tokens (default: all)."
 )
@@ -27,6 +29,7 @@ def command(
     artifact: Path,
     against: str,
     text: str | None,
+    text_field: str,
     tokens: int | None,
     context: int,
     threads: int | None,
@@ -39,7 +42,14 @@ def command(
 
     with TerminalProgress(quiet) as progress:
         measures = api.evaluate(
-            artifact, against=against, text=text, tokens=tokens, context=context, threads=threads, progress=progress
+            artifact,
+            against=against,
+            text=text,
+            text_field=text_field,
+            tokens=tokens,
+            context=context,
+            threads=threads,
+            progress=progress,
         )
     if as_json:
         click.echo(json.dumps(plain(asdict(measures)), indent=1))

@@ -9,9 +9,10 @@ from typing import Any
 
 import click
 
+from anyquant.calibrate.sources import LEAST_CONTEXT
 from anyquant.core.errors import UsageError
 from anyquant.evaluation.verdict import QUALITIES, Contract
-from anyquant.pipeline.recipe import LEAST_CONTEXT, LEAST_TOKENS, Recipe, chosen, load_recipe
+from anyquant.pipeline.recipe import LEAST_TOKENS, Recipe, chosen, load_recipe
 
 Decorated = Callable[..., Any]
 
@@ -44,10 +45,10 @@ _HOW_GOOD = (
     click.option("--min-same-top", type=float, metavar="X", help="Smallest share of tokens with the same top choice."),
 )
 
+TEXT_HELP = "Text file, folder, .jsonl, .npy of token ids, or dataset:NAME"
 _TEXT = (
-    click.option(
-        "--text", type=click.Path(), metavar="PATH", help="Text file, folder or .jsonl to calibrate and judge on."
-    ),
+    click.option("--text", type=click.Path(), metavar="PATH", help=f"{TEXT_HELP}: to calibrate and judge on."),
+    click.option("--text-field", metavar="NAME", help="Field of its records to take (default: text)."),
     click.option(
         "--imatrix", type=click.Path(), metavar="FILE", help="llama.cpp importance file, instead of calibrating."
     ),
@@ -83,6 +84,8 @@ def recipe_of(flags: dict[str, Any]) -> Recipe:
     calibration = {
         name: flags[name] for name in ("text", "imatrix", "tokens", "context") if flags.get(name) is not None
     }
+    if flags.get("text_field") is not None:
+        calibration["field"] = flags["text_field"]
     if flags.get("keep_imatrix"):
         calibration["keep_imatrix"] = True
     if flags["data_free"]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import gettempdir
 
-from anyquant.calibrate.text import demo_splits, read_documents, up_to
+from anyquant.calibrate.sources import FIELD, read_documents
+from anyquant.calibrate.text import demo_splits, up_to, within
 from anyquant.core.checkpoint import Checkpoint, TensorSpec
 from anyquant.core.errors import AnyQuantError, BadInputError, InconclusiveError, UsageError
 from anyquant.core.progress import Progress
@@ -90,12 +91,16 @@ def _state(folder: Path) -> Contents:
 
 @dataclass(frozen=True)
 class Judging:
-    """`text` None means the default text; `tokens` bounds it, `context` is the window length."""
+    """`text` None means the default text; `tokens` bounds it, `context` is the window length.
+
+    `field` is the one of its records that counts.
+    """
 
     text: str | None
     tokens: int | None
     context: int
     threads: int
+    field: str = FIELD
 
 
 def runtime_name(artifact: Path) -> str:
@@ -129,12 +134,12 @@ def evaluate(artifact: Path, against: Path, judging: Judging, progress: Progress
     _refuse_changed(artifact)
     source: Checkpoint = open_checkpoint(against)
     architecture = detect(source)
-    tokenizer = source_tokenizer(source)
+    tokenizer = within(source_tokenizer(source), architecture.dimensions.vocabulary)
     context = usable_context(judging.context, architecture)
     if judging.text is None:
         documents = up_to(demo_splits(tokenizer, context).certify, judging.tokens)
     else:
-        documents = read_documents(Path(judging.text), tokenizer, context, tokens=judging.tokens)
+        documents = read_documents(judging.text, tokenizer, context, tokens=judging.tokens, field=judging.field)
     if not documents:
         raise InconclusiveError("the text is too short to measure on; give a longer one")
     longest = max(len(document.tokens) for document in documents)

@@ -10,13 +10,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from anyquant.calibrate.sources import FIELD, LEAST_CONTEXT, require_source
 from anyquant.core.errors import BadInputError, UsageError
 from anyquant.core.linear import Linear, Role
 from anyquant.core.registry import suggest
 
 SCHEMA = 1
 MAXIMUM_BYTES = 1 << 20
-LEAST_TOKENS, LEAST_CONTEXT = 256, 32
+LEAST_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Rule:
 class Calibration:
     """`data_free` turns statistics off. `tokens` bounds the calibration text, `context` is the window length.
 
+    `text` is a path or the name of a data set (see `calibrate.sources`), `field` the one of its records that counts.
     `imatrix` is a llama.cpp importance file to use instead of collecting statistics; `keep_imatrix` puts what was
     collected into the output as such a file.
     """
@@ -63,6 +65,7 @@ class Calibration:
     context: int = 512
     imatrix: str | None = None
     keep_imatrix: bool = False
+    field: str = FIELD
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ def _rule(table: Any, index: int) -> Rule:
 
 def _calibration(table: Mapping[str, Any]) -> Calibration:
     where = "calibration"
-    _known(table, {"data_free", "text", "tokens", "context", "imatrix", "keep_imatrix"}, where)
+    _known(table, {"data_free", "text", "field", "tokens", "context", "imatrix", "keep_imatrix"}, where)
     default = Calibration()
     tokens, context = _typed(table, "tokens", int, where), _typed(table, "context", int, where)
     for key, value, least in (("tokens", tokens, LEAST_TOKENS), ("context", context, LEAST_CONTEXT)):
@@ -162,6 +165,7 @@ def _calibration(table: Mapping[str, Any]) -> Calibration:
         context=default.context if context is None else context,
         imatrix=_typed(table, "imatrix", str, where),
         keep_imatrix=bool(_typed(table, "keep_imatrix", bool, where)),
+        field=_typed(table, "field", str, where) or default.field,
     )
 
 
@@ -231,16 +235,17 @@ def chosen(recipe: Recipe, preset: str | None, grid: str | None) -> Recipe:
 def canonical(recipe: Recipe) -> Recipe:
     """Names as they are registered: grids in lower, presets in upper case.
 
-    Raises BadInputError for a text or importance file that is not there, UsageError when importance that is not
-    collected is to be kept.
+    Raises BadInputError for a text or importance file that is not there, UsageError for a malformed name of a data set
+    and when importance that is not collected is to be kept.
     """
     calibration = recipe.calibration
     if calibration.keep_imatrix and (calibration.data_free or calibration.imatrix is not None):
         other = "--data-free" if calibration.data_free else "--imatrix"
         raise UsageError(f"--keep-imatrix keeps what is collected, and with {other} nothing is; leave out one of them")
-    for name, path in (("text", calibration.text), ("imatrix", calibration.imatrix)):
-        if path is not None and not Path(path).exists():
-            raise BadInputError(f"the {name} {path} does not exist")
+    if calibration.text is not None:
+        require_source(calibration.text)
+    if calibration.imatrix is not None and not Path(calibration.imatrix).exists():
+        raise BadInputError(f"the imatrix {calibration.imatrix} does not exist")
 
     def lower(name: str | None) -> str | None:
         return None if name is None else name.lower()

@@ -1,8 +1,9 @@
 """The text of a run: documents of the user, or the demo's held-out topics, in three disjoint splits."""
 
 from dataclasses import replace
-from pathlib import Path
 
+from anyquant.calibrate.chat import chat_of
+from anyquant.calibrate.sources import FIELD, kind_of, read_documents
 from anyquant.calibrate.text import (
     Amounts,
     Splits,
@@ -10,9 +11,9 @@ from anyquant.calibrate.text import (
     demo_splits,
     digest,
     load_tokenizer,
-    read_documents,
     split,
     token_count,
+    within,
 )
 from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.errors import BadInputError, InconclusiveError, UnsupportedError
@@ -26,11 +27,12 @@ DEFAULT_TEXT_WARNING = (
 
 
 def source_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The tokenizer that came with the checkpoint. Raises UnsupportedError when there is no tokenizer.json."""
+    """The tokenizer and chat template of the checkpoint. Raises UnsupportedError when there is no tokenizer.json."""
     content = checkpoint.text_file("tokenizer.json")
     if content is None:
         raise UnsupportedError(f"{checkpoint.location}: has no tokenizer.json; only that kind of tokenizer is read")
-    return load_tokenizer(content, f"{checkpoint.location}/tokenizer.json")
+    tokenizer = load_tokenizer(content, f"{checkpoint.location}/tokenizer.json")
+    return replace(tokenizer, chat=chat_of(checkpoint))
 
 
 def usable_context(wanted: int, architecture: Architecture) -> int:
@@ -50,14 +52,15 @@ def load_splits(tokenizer: Tokenizer, architecture: Architecture, calibration: C
     A few long files cannot be divided between the splits as wholes: then their windows are, as those of a single file.
     """
     context = usable_context(calibration.context, architecture)
+    tokenizer = within(tokenizer, architecture.dimensions.vocabulary)
     if calibration.text is None:
         return demo_splits(tokenizer, context)
     amounts = Amounts(tokens=(calibration.tokens, calibration.tokens // 3, calibration.tokens * 2 // 3))
     # few tokens must not make the text look short: the fewest documents of all splits are read in any case
     tokens = max(sum(amounts.tokens), sum(amounts.documents) * context)
-    documents = read_documents(Path(calibration.text), tokenizer, context, tokens=tokens)
+    documents = read_documents(calibration.text, tokenizer, context, tokens=tokens, field=calibration.field)
     if not documents:
-        raise BadInputError(f"{calibration.text}: holds no text to calibrate and measure on")
+        raise BadInputError(f"{calibration.text}: holds no text of two tokens or more to calibrate and measure on")
     try:
         return split(documents, amounts)
     except InconclusiveError:
@@ -65,14 +68,17 @@ def load_splits(tokenizer: Tokenizer, architecture: Architecture, calibration: C
 
 
 def describe(splits: Splits, calibration: Calibration, searched: bool) -> dict[str, object]:
-    """What the report says of the text: source, sizes and a hash per split, of those that were used.
+    """What the report says of the text: source and its kind, sizes and a hash per split, of those that were used.
 
     `searched`: whether anything was chosen on *select*.
     """
     calibrated = not calibration.data_free and calibration.imatrix is None
     used = {"calibrate": calibrated, "select": searched, "certify": True}
+    text, field = calibration.text, calibration.field
     return {
-        "text": calibration.text or "the default text (documentation topics of CPython)",
+        "text": text or "the default text (documentation topics of CPython)",
+        "kind": "default text" if text is None else str(kind_of(text)),
+        **({} if field == FIELD else {"field": field}),
         **{
             name: {
                 "documents": len(part),
