@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from auto_round import AutoRound
-from common import Run, load, main, tokenizer_of
+from common import Run, block_linears, load, main, tokenizer_of
 
 SCHEMES: dict[str, dict[str, Any]] = {
     "mxfp4": {"bits": 4, "group_size": 32, "data_type": "mx_fp", "sym": True},
@@ -52,10 +52,14 @@ def quantize(run: Run) -> dict[str, torch.Tensor]:
     count, length = run.tokens.shape
     if run.method not in METHODS:
         raise SystemExit(f"unknown method '{run.method}' ({', '.join(METHODS)})")
+    model = load(run.model)
+    # The K grids are mixtures by default, and round the head; a scheme given layer by layer holds as it is.
+    layers = {name: scheme(run) for name in block_linears(model)} if run.grid.endswith("_k") else None
     rounding = AutoRound(
-        load(run.model),
+        model,
         tokenizer=tokenizer_of(run.model),
         scheme=scheme(run),
+        layer_config=layers,
         dataset=[{"input_ids": row[None]} for row in run.tokens],
         nsamples=count,
         seqlen=length,
@@ -63,8 +67,9 @@ def quantize(run: Run) -> dict[str, torch.Tensor]:
         **METHODS[run.method],
         **run.options,
     )
-    model, _ = rounding.quantize()
-    return dict(model.state_dict())
+    rounded, _ = rounding.quantize()
+    linears = block_linears(rounded)
+    return {**load(run.model).state_dict(), **{f"{name}.weight": linear.weight for name, linear in linears.items()}}
 
 
 if __name__ == "__main__":
