@@ -9,6 +9,7 @@ import numpy as np
 from anyquant.calibrate.stats import Moments, Running, average
 from anyquant.calibrate.stream_sum import StreamSum, writers
 from anyquant.calibrate.watch import Enough, Routing, first_of_groups, watching
+from anyquant.core.arithmetic import fast_products
 from anyquant.core.dtypes import Float32
 from anyquant.core.errors import AnyQuantError
 from anyquant.core.extras import require
@@ -124,7 +125,8 @@ class LiveBlock:
                 assembled[short] = parameter.clone()
             place.of(assembled[short]).copy_(values)
         entering = self._inputs[batch]
-        return self._model.apply(self.index, self.module, entering, entering.states, assembled)
+        with fast_products():
+            return self._model.apply(self.index, self.module, entering, entering.states, assembled)
 
     def target(self, batch: int) -> Any:
         """Output states of the float block: on the states of the unquantized model where there are any, else on those
@@ -210,7 +212,7 @@ class LiveBlock:
 
     def _run(self, number: int, states: Any = None, weights: Mapping[str, Any] | None = None) -> Any:
         batch = self._inputs[number]
-        with self._torch.no_grad():
+        with self._torch.no_grad(), fast_products():
             entering = batch.states if states is None else states
             return self._model.apply(self.index, self.module, batch, entering, weights)
 

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from anyquant.core.arithmetic import fast_products
 from anyquant.core.dtypes import Float32
 from anyquant.core.errors import AnyQuantError, BadInputError, UsageError
 from anyquant.core.extras import require
@@ -91,14 +92,12 @@ class Running:
             )
         if self._largest is not None and len(activations):
             self._torch.maximum(self._largest, activations.abs().amax(dim=0), out=self._largest)
-        if self._hessian is not None:
-            self._hessian.addmm_(activations.T, activations)
-        if self._cross is not None:
-            if unquantized is None or unquantized.shape != activations.shape:
-                raise AnyQuantError(f"{self.place}: cross statistics need the unquantized activations beside these")
-            self._cross.addmm_(unquantized.T, activations)
-        if self._residual is not None:
-            self._residual.addmm_(stream.T, activations)
+        if self._cross is not None and (unquantized is None or unquantized.shape != activations.shape):
+            raise AnyQuantError(f"{self.place}: cross statistics need the unquantized activations beside these")
+        with fast_products():
+            for total, other in ((self._hessian, activations), (self._cross, unquantized), (self._residual, stream)):
+                if total is not None:
+                    total.addmm_(other.T, activations)
 
     def result(self) -> Moments:
         """The means so far; the sums are given away with them. Raises UsageError when no token has been seen."""

@@ -58,8 +58,9 @@ class Decision:
     @property
     def chain(self) -> str:
         """What is done, as one writes it: "wanda -> gptq"."""
-        steps = (self.prune and self.prune.name, self.algorithm, self.correct and self.correct.name)
-        return " -> ".join(filter(None, steps))
+        before = [] if self.prune is None else [self.prune.name]
+        after = [] if self.correct is None else [self.correct.name]
+        return " -> ".join([*before, self.algorithm, *after])
 
 
 @dataclass(frozen=True)
