@@ -5,7 +5,7 @@ by its own `encode` and `decode`, one code after the other.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -105,13 +105,21 @@ class OnGrid:
         """The lattice of the slot's columns, or of all; None where the grid has none that compiled code can take."""
         if self._known is None or self._known[0] is not slot:
             params = self.params if slot is None else slot.params
-            found = self.grid.lattice(params) if self.grid.vector == 1 else None
-            self._known = (slot, found if found is not None and found.codes.size <= MOST_LEVELS else None)
+            self._known = (slot, lattice_of(self.grid, params, self.shape[0]))
         return self._known[1]
 
     def compiled(self, slot: Slot | None) -> bool:
         """Whether the columns have a lattice."""
         return self.lattice(slot) is not None
+
+
+def lattice_of(grid: Grid, params: Params, rows: int) -> Lattice | None:
+    """The lattice of a matrix with so many rows; None where the grid has none that compiled code can take."""
+    found = grid.lattice(params) if grid.vector == 1 else None
+    if found is None or found.codes.size > MOST_LEVELS:
+        return None
+    # blocks of several rows may reach beyond the last one
+    return replace(found, scale=found.scale[:rows], shift=found.shift[:rows])
 
 
 def arrange(weights: Float32, logical: Order) -> Float32:
