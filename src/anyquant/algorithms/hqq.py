@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from anyquant.algorithms.base import Algorithm, Task, complete_options
-from anyquant.algorithms.on_grid import parameter_span
+from anyquant.algorithms.on_grid import Keep, parameter_span
 from anyquant.core.corrections import Mask
 from anyquant.core.dtypes import Float32
 from anyquant.core.errors import UsageError
@@ -42,14 +42,14 @@ def quantize(task: Task) -> QTensor:
         shared = grid.prepare(float(np.abs(weights).max(initial=0))) or None
     tiles = Tiles(grid, task.shape, shared)
     params = grid.fit(weights, None, shared)
-    error = _error(grid, weights, params)
+    error = _error(grid, weights, params, task.keep)
     best, least = {name: np.array(array) for name, array in params.items()}, tiles.sums(error, p)
     beta = float(options["beta"])
     for _ in range(options["iterations"]):
         unit = UNIT * np.sqrt((error**2).mean(axis=1, keepdims=True, dtype=np.float64)).astype(np.float32)
         moved: Float32 = unit * shrink((error / np.where(unit > 0, unit, 1)).astype(np.float32), beta, p)
         params = grid.fit(weights - moved, None, shared)
-        error = _error(grid, weights, params)
+        error = _error(grid, weights, params, task.keep)
         lost = tiles.sums(error, p)
         tiles.take(best, params, lost < least)
         least = np.minimum(lost, least)
@@ -96,9 +96,10 @@ class Tiles:
             array[chosen] = params[parameter.name][chosen]
 
 
-def _error(grid: Grid, weights: Float32, params: Params) -> Float32:
+def _error(grid: Grid, weights: Float32, params: Params, keep: Keep | None) -> Float32:
+    """What is lost; nothing where weights are pruned, which the mask makes zero on any grid."""
     error: Float32 = weights - grid.decode(grid.encode(weights, params), params)
-    return error
+    return error if keep is None else np.where(keep, error, np.float32(0))
 
 
 def _checked(task: Task) -> dict[str, Any]:
