@@ -131,6 +131,13 @@ def test_pruned_weights_stay_zero_and_floats_stay_as_they_are() -> None:
     np.testing.assert_array_equal(tune(block)["up"].decode(), rounded(block)["up"].decode())
 
 
+def test_blocks_of_rows_may_reach_beyond_the_matrix() -> None:
+    block = small_block(grid("fp8_e4m3-block"), {"iterations": 8}, layers=1)
+    task = replace(block.matrices["up"], weights=block.matrices["up"].weights[:100])
+    block = replace(block, matrices={"up": task})
+    assert loss_of(block, tune(block)) < 0.5 * loss_of(block, rounded(block))
+
+
 def test_it_is_deterministic_and_the_seed_matters() -> None:
     results = []
     for seed in (1, 1, 2):

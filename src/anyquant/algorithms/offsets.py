@@ -92,7 +92,7 @@ class LatticeOffsets:
         self._width = min(lattice.width, task.shape[1])
         blocks = -(-task.shape[1] // self._width)
         self._scale, self._shift = (
-            self._spread(torch.tensor(np.broadcast_to(array, (task.shape[0], blocks))))
+            self._spread(torch.tensor(np.broadcast_to(array[: task.shape[0]], (task.shape[0], blocks))))
             for array in (lattice.scale, lattice.shift)
         )
         self._levels = torch.from_numpy(np.ascontiguousarray(lattice.levels))
