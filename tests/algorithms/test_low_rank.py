@@ -92,6 +92,7 @@ def test_ranks_and_statistics_are_checked() -> None:
             function(task, before)
         with pytest.raises(UsageError, match=f"{name} has no option 'ranks'; did you mean rank"):
             function(replace(task, options={"ranks": 8}), before)
+    task = replace(task, options={"rank": 8})
     with pytest.raises(UsageError, match="block 3 down: eora needs the Hessian"):
         eora(replace(task, stats=None), before)
     broken = replace(moments(correlated(48, 128)[1]), hessian=np.full((128, 128), np.nan, np.float32))

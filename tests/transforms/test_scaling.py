@@ -55,7 +55,9 @@ def scene(checkpoint: Any, inputs: dict[str, Any], grid: str, hessian: bool = Fa
 def run(name: str, given: BlockScene, **options: Any) -> Rewrites:
     transform = TRANSFORMS.get(name)
     assert transform.block is not None
-    return transform.block(given, complete_options(name, options, transform.options))
+    complete = complete_options(name, options, transform.options)
+    assert transform.refuses(given.architecture, complete) is None
+    return transform.block(given, complete)
 
 
 def output_error(checkpoint: Any, tensor: str, x: Any, grid: str) -> float:

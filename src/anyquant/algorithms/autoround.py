@@ -191,5 +191,6 @@ ALGORITHM = Algorithm(
     needs=frozenset({"second_moment"}),
     options=DEFAULTS,
     tune=tune,
+    check=lambda task: _options({task.place: task}),
     option_needs={"start": {"gptq": frozenset({"hessian"})}},
 )

@@ -82,7 +82,9 @@ class Algorithm:
     block at a time. `prune` returns `keep` (rows, in); `correct` returns the QTensor with a further correction (the
     task has the original weights); `tune` quantizes all matrices of a block. `finisher` is the quantizing algorithm
     that a pruner is followed by unless another one is named. `option_needs` names the statistics that single values of
-    an option need besides: option -> value -> statistics. `notes` says what of a task did not go as usual.
+    an option need besides: option -> value -> statistics. `notes` says what of a task did not go as usual. `check`
+    raises UsageError or UnsupportedError for what options, grid and shape alone rule out; planning calls it, with a
+    task whose weights are all 0 and that has no statistics.
     """
 
     name: str
@@ -96,6 +98,7 @@ class Algorithm:
     tune: Callable[[TunedBlock], Mapping[str, QTensor]] | None = None
     finisher: str = "rtn"
     notes: Callable[[Task], tuple[str, ...]] | None = None
+    check: Callable[[Task], object] | None = None
     option_needs: Mapping[str, Mapping[Any, frozenset[str]]] = field(default_factory=lambda: EMPTY)
 
     def needed(self, options: Mapping[str, Any]) -> frozenset[str]:

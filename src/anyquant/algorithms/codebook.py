@@ -150,5 +150,6 @@ ALGORITHM = Algorithm(
     needs=frozenset({"second_moment"}),
     options=DEFAULTS,
     quantize=quantize,
+    check=_checked,
     option_needs={"feedback": {True: frozenset({"hessian"})}},
 )

@@ -3,13 +3,14 @@
 Liu et al. 2024, arXiv 2410.21271. Minimises tr((E - L R) H (E - L R)^T), E = weights - values, H the Hessian.
 """
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from anyquant.algorithms.base import Algorithm, Task, complete_options
+from anyquant.algorithms.base import Algorithm, Task
 from anyquant.algorithms.hessian import hessian_of
-from anyquant.algorithms.low_rank import DEFAULTS, corrected
+from anyquant.algorithms.low_rank import DEFAULTS, checked_rank, corrected
 from anyquant.core.errors import BadInputError
 from anyquant.core.extras import require
 from anyquant.core.qtensor import QTensor
@@ -21,11 +22,11 @@ def correct(task: Task, quantized: QTensor) -> QTensor:
     Raises UsageError for another option, missing statistics, or a rank that the matrix does not have, BadInputError
     for a Hessian that cannot be one.
     """
-    options = complete_options("eora", task.options, DEFAULTS)
+    rank = checked_rank("eora", task)
     hessian = hessian_of(task.stats, task.shape[1], task.place, "eora")
     assert task.stats is not None  # noqa: S101
     root = task.stats.once(("root",), lambda: _root(hessian, task.place))
-    return corrected(task, quantized, options["rank"], root, "eora")
+    return corrected(task, quantized, rank, root)
 
 
 def _root(hessian: Any, place: str) -> Any:
@@ -37,4 +38,10 @@ def _root(hessian: Any, place: str) -> Any:
     return (vectors * values.clamp(min=0).sqrt()).numpy()
 
 
-ALGORITHM = Algorithm("eora", needs=frozenset({"hessian"}), options=DEFAULTS, correct=correct)
+ALGORITHM = Algorithm(
+    "eora",
+    needs=frozenset({"hessian"}),
+    options=DEFAULTS,
+    correct=correct,
+    check=partial(checked_rank, "eora"),
+)

@@ -134,5 +134,6 @@ ALGORITHM = Algorithm(
     options=DEFAULTS,
     quantize=quantize,
     notes=notes,
+    check=checked_options,
     option_needs={"propagation": {"auto": CROSS, "gptaq": CROSS, "qronos": CROSS}},
 )

@@ -115,4 +115,4 @@ def _checked(task: Task) -> dict[str, Any]:
     return options
 
 
-ALGORITHM = Algorithm("hqq", options=DEFAULTS, rows_apart=True, quantize=quantize)
+ALGORITHM = Algorithm("hqq", options=DEFAULTS, rows_apart=True, quantize=quantize, check=_checked)

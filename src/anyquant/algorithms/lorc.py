@@ -3,8 +3,10 @@
 Yao et al. 2023, ZeroQuant-V2, arXiv 2303.08302, section 5.
 """
 
-from anyquant.algorithms.base import Algorithm, Task, complete_options
-from anyquant.algorithms.low_rank import DEFAULTS, corrected
+from functools import partial
+
+from anyquant.algorithms.base import Algorithm, Task
+from anyquant.algorithms.low_rank import DEFAULTS, checked_rank, corrected
 from anyquant.core.qtensor import QTensor
 
 
@@ -13,8 +15,7 @@ def correct(task: Task, quantized: QTensor) -> QTensor:
 
     Raises UsageError for another option, or a rank that the matrix does not have.
     """
-    options = complete_options("lorc", task.options, DEFAULTS)
-    return corrected(task, quantized, options["rank"], None, "lorc")
+    return corrected(task, quantized, checked_rank("lorc", task), None)
 
 
-ALGORITHM = Algorithm("lorc", options=DEFAULTS, correct=correct)
+ALGORITHM = Algorithm("lorc", options=DEFAULTS, correct=correct, check=partial(checked_rank, "lorc"))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from anyquant.algorithms.base import Task
+from anyquant.algorithms.base import Task, complete_options
 from anyquant.core.corrections import LowRank
 from anyquant.core.dtypes import Float32
 from anyquant.core.errors import UsageError
@@ -22,15 +22,21 @@ DEFAULTS = {"rank": 32}
 LARGEST = float(np.finfo(np.float16).max)
 
 
-def corrected(task: Task, quantized: QTensor, rank: int, root: npt.NDArray[np.float64] | None, name: str) -> QTensor:
-    """`quantized` with the pair of `rank` that best makes up for its error; `root` (in, in) is S of H = S S^T, or None
-    for the identity. Raises UsageError when a matrix of this shape has no such rank.
-    """
+def checked_rank(name: str, task: Task) -> int:
+    """The option `rank`. Raises UsageError for another option, or when a matrix of this shape has no such rank."""
+    rank: int = complete_options(name, task.options, DEFAULTS)["rank"]
     rows, columns = task.shape
     if not 1 <= rank <= min(rows, columns):
         raise UsageError(
             f"{task.place}: {name} with rank {rank}, but a {rows} x {columns} matrix takes 1 to {min(rows, columns)}"
         )
+    return rank
+
+
+def corrected(task: Task, quantized: QTensor, rank: int, root: npt.NDArray[np.float64] | None) -> QTensor:
+    """`quantized` with the pair of `rank` that best makes up for its error; `root` (in, in) is S of H = S S^T, or None
+    for the identity.
+    """
     torch = require("torch")
     error = torch.from_numpy(task.weights.astype(np.float64) - quantized.decode())
     directions = _directions(torch, error, rank, None if root is None else torch.from_numpy(root))

@@ -1,5 +1,7 @@
 """Magnitude pruning: the smallest weights of a matrix go. Needs no statistics (Han et al. 2015, arXiv 1506.02626)."""
 
+from functools import partial
+
 import numpy as np
 
 from anyquant.algorithms.base import Algorithm, Task
@@ -16,4 +18,4 @@ def prune(task: Task) -> Keep:
     return best_of_all(scores, int(scores.size * options["sparsity"]))
 
 
-ALGORITHM = Algorithm("magnitude", options=DEFAULTS, prune=prune)
+ALGORITHM = Algorithm("magnitude", options=DEFAULTS, prune=prune, check=partial(checked_options, "magnitude"))

@@ -5,6 +5,8 @@ the least w^2 / U_jj^2 in it go, over all rows (U the upper Cholesky factor of t
 those of each run when its first column is reached. GPTQ, with the same dampening, then finds the same values again.
 """
 
+from typing import Any
+
 import numpy as np
 
 from anyquant.algorithms.base import Algorithm, Task
@@ -21,9 +23,7 @@ def prune(task: Task) -> Keep:
     """`keep` (rows, in). Option `sparsity`: the fraction of each block that goes, rounded down. `pattern`:
     "unstructured", or "2:4" and "4:8", where so many of so many consecutive weights stay. `dampening`, `block`: as in
     GPTQ. Raises UsageError, and BadInputError for a Hessian that cannot be one."""
-    options = checked_options("sparsegpt", task, DEFAULTS)
-    if options["block"] < 1 or not 0 <= options["dampening"] < np.inf:
-        raise UsageError("algorithm sparsegpt: option block is below 1 or dampening is not at least 0")
+    options = _checked(task)
     hessian_of(task.stats, task.shape[1], task.place, "sparsegpt")
     assert task.stats is not None  # noqa: S101
     size = PATTERNS[options["pattern"]][1] or 1
@@ -31,6 +31,14 @@ def prune(task: Task) -> Keep:
     pruner = Pruner(task.shape, options["pattern"], options["sparsity"])
     feed_errors_back(task.weights, factor(task.stats, route, float(options["dampening"]), task.place), pruner)
     return pruner.keep
+
+
+def _checked(task: Task) -> dict[str, Any]:
+    options = checked_options("sparsegpt", task, DEFAULTS)
+    for name, least in {"block": 1, "dampening": 0}.items():
+        if not least <= options[name] < np.inf:
+            raise UsageError(f"algorithm sparsegpt: option {name} is {options[name]}, expected at least {least}")
+    return options
 
 
 class Pruner:
@@ -58,4 +66,6 @@ class Pruner:
         return values
 
 
-ALGORITHM = Algorithm("sparsegpt", needs=frozenset({"hessian"}), options=DEFAULTS, prune=prune, finisher="gptq")
+ALGORITHM = Algorithm(
+    "sparsegpt", needs=frozenset({"hessian"}), options=DEFAULTS, prune=prune, finisher="gptq", check=_checked
+)

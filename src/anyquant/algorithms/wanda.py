@@ -1,5 +1,7 @@
 """Wanda: of each row, the weights go whose share of the output is smallest (Sun et al. 2023, arXiv 2306.11695)."""
 
+from functools import partial
+
 import numpy as np
 
 from anyquant.algorithms.base import Algorithm, Task
@@ -22,4 +24,11 @@ def prune(task: Task) -> Keep:
     return best_of_rows(scores, int(task.shape[1] * options["sparsity"]))
 
 
-ALGORITHM = Algorithm("wanda", needs=frozenset({"second_moment"}), options=DEFAULTS, rows_apart=True, prune=prune)
+ALGORITHM = Algorithm(
+    "wanda",
+    needs=frozenset({"second_moment"}),
+    options=DEFAULTS,
+    rows_apart=True,
+    prune=prune,
+    check=partial(checked_options, "wanda"),
+)

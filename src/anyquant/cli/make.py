@@ -26,9 +26,7 @@ STATUS_CODES = {
 @which_text
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Output folder; must not exist.")
 @click.option("--keep-imatrix", is_flag=True, help="Put the importance into OUT as llama.cpp's imatrix.gguf.")
-@click.option(
-    "--ram", metavar="SIZE", help="Memory for activations, e.g. 8GB; what is more goes to disk."
-)
+@click.option("--ram", metavar="SIZE", help="Memory for activations, e.g. 8GB; what is more goes to disk.")
 @click.option("--force", is_flag=True, help="Replace an output that AnyQuant made.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on standard output.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from anyquant.algorithms import ALGORITHMS
-from anyquant.algorithms.base import Algorithm
+from anyquant.algorithms.base import Algorithm, Task
 from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.corrections import CorrectionSpec
 from anyquant.core.errors import AnyQuantError, UnsupportedError, UsageError
@@ -180,6 +180,15 @@ def _fit(decision: Decision, linear: Linear, target: Rules) -> Decision:
     return replace(decision, grid=fallback, reason=f"{decision.reason}; {reason}: falls back to {fallback}")
 
 
+def _check(decision: Decision, linear: Linear) -> None:
+    """Raise UsageError or UnsupportedError for what options, grid and shape rule out, before hours are spent."""
+    nothing = np.broadcast_to(np.float32(0), linear.shape)
+    for step in (decision.prune, Step(decision.algorithm, decision.options), decision.correct):
+        check = None if step is None else ALGORITHMS.get(step.name).check
+        if step is not None and check is not None:
+            check(Task(nothing, find_grid(decision.grid), options=step.options, place=linear.name))
+
+
 def _check_ties(decisions: Mapping[str, Decision], ties: Mapping[str, str]) -> dict[str, Decision]:
     """Decisions with their tie groups. Raises UsageError when a group would be split over grids."""
     first: dict[str, Decision] = {}
@@ -220,6 +229,7 @@ def make_plan(model: Model, target: Rules, recipe: Recipe, importance: bool) -> 
     decisions = {}
     for linear in architecture.linears:
         fitted = _fit(_decide(linear, wishes[linear.name], importance), linear, target)
+        _check(fitted, linear)
         decisions[linear.name] = replace(fitted, input_activation=input_activation(activation, linear, fitted.grid))
     if activation is not None and not any(decision.input_activation for decision in decisions.values()):
         raise UsageError(f"--activations {recipe.activations}: no matrix of the blocks is quantized; give --grid")

@@ -30,8 +30,6 @@ def block(scene: Scene, options: Mapping[str, Any]) -> Rewrites:
     """Options: `ratios` tried between 0 and 1; `duo`: also divided by the size of the weights to the power 1 - ratio;
     `rows` of each matrix that the search looks at (0: all); `bound`: scales lie in [1 / bound, bound]; `sites`.
     """
-    if options["ratios"] < 1 or options["bound"] < 1 or options["rows"] < 0:
-        raise UsageError("transform awq: expected ratios and bound of at least 1, rows of at least 0")
     kinds = choose_kinds("awq", options["sites"])
     return chain([_scale(scene, site, options) for site in block_sites(scene.architecture, scene.block, kinds)])
 
@@ -84,6 +82,9 @@ def _normalised(scales: Float64, bound: float) -> Float32:
 
 
 def refuses(architecture: Architecture, options: Mapping[str, Any]) -> str | None:
+    for name, least in {"ratios": 1, "bound": 1, "rows": 0}.items():
+        if not least <= options[name] < np.inf:
+            raise UsageError(f"transform awq: option {name} is {options[name]}, expected at least {least}")
     reason = refuses_norms(architecture)
     behind_norm = {"attn_input", "ffn_input"} & set(choose_kinds("awq", options["sites"]))
     return f"scales cannot be folded into the norms: {reason}" if reason and behind_norm else None

@@ -76,7 +76,8 @@ class Transform:
     """`needs` names the statistics it must have, `uses` those it takes where there are any; `options` are its
     defaults, whose types are binding. The functions are handed complete options.
 
-    `refuses` gives the reason why an architecture cannot be rewritten so, or None. Exactly one of the others is set:
+    `refuses` gives the reason why an architecture cannot be rewritten so, or None; it is called before anything else,
+    and raises UsageError for options out of range. Exactly one of the others is set:
     `prepare` rewrites the model before calibration, `block` one block, whose tensors alone it may name.
     """
 

@@ -23,8 +23,6 @@ DEFAULTS = {"ffn": True, "heads": True, "rows": 512}
 
 def block(scene: Scene, options: Mapping[str, Any]) -> Rewrites:
     """Options: `ffn`, `heads`: which channels; `rows` of each matrix that the search looks at (0: all)."""
-    if options["rows"] < 0:
-        raise UsageError(f"transform permute: option rows is {options['rows']}, expected at least 0")
     kinds = [kind for kind, name in (("attn_output_input", "heads"), ("ffn_down_input", "ffn")) if options[name]]
     sites = block_sites(scene.architecture, scene.block, kinds)
     return chain([_sort(scene, site, options["rows"]) for site in sites])
@@ -69,6 +67,8 @@ def sorting_index(site: Site, key: Float32) -> Index:
 
 
 def refuses(architecture: Architecture, options: Mapping[str, Any]) -> str | None:
+    if options["rows"] < 0:
+        raise UsageError(f"transform permute: option rows is {options['rows']}, expected at least 0")
     return None if options["ffn"] or options["heads"] else "neither ffn nor heads is asked for"
 
 

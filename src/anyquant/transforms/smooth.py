@@ -23,8 +23,6 @@ BOUND = 1e4  # scales leave [1 / BOUND, BOUND] only where a channel is all but d
 
 def block(scene: Scene, options: Mapping[str, Any]) -> Rewrites:
     """Options: `alpha` from 0 (nothing moves out of the weights) to 1; `sites`, see `sites.KINDS`."""
-    if not 0 <= options["alpha"] <= 1:
-        raise UsageError(f"transform smoothquant: option alpha is {options['alpha']}, expected 0 to 1")
     kinds = choose_kinds("smoothquant", options["sites"])
     return chain(
         [_smooth(scene, site, options["alpha"]) for site in block_sites(scene.architecture, scene.block, kinds)]
@@ -53,6 +51,8 @@ def smoothing_scales(activations: Float32, weights: Float32, alpha: float) -> Fl
 
 
 def refuses(architecture: Architecture, options: Mapping[str, Any]) -> str | None:
+    if not 0 <= options["alpha"] <= 1:
+        raise UsageError(f"transform smoothquant: option alpha is {options['alpha']}, expected 0 to 1")
     reason = refuses_norms(architecture)
     behind_norm = {"attn_input", "ffn_input"} & set(choose_kinds("smoothquant", options["sites"]))
     return f"scales cannot be folded into the norms: {reason}" if reason and behind_norm else None
