@@ -13,6 +13,7 @@ from anyquant.evaluation.measures import Measures
 from anyquant.pipeline.artifacts import Contents
 from anyquant.pipeline.cost import Planned
 from anyquant.pipeline.picture import human_bytes
+from anyquant.pipeline.planner import chain_of
 from anyquant.pipeline.report import Report, summary_rows
 
 STYLES = {
@@ -87,6 +88,7 @@ def print_plan(planned: Planned, ledger: Ledger) -> None:
         _pairs(
             [
                 ("plan", f"{job.plan.label} as {job.format.name}"),
+                ("algorithm", chain_of(job)),
                 ("size", f"{cost.disk:,} bytes {exactly} ({human_bytes(cost.disk)}); source {human_bytes(source)}"),
                 ("bits per weight", f"{8 * job.layout.payload / job.weights:.3f}"),
                 ("memory", f"about {human_bytes(cost.memory)} at the peak"),

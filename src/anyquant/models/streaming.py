@@ -181,15 +181,25 @@ class StreamedModel:
         It bounds nothing: hand it at most `logit_rows` tokens at a time. Raises UnsupportedError for a model without
         logits.
         """
+        with self.torch_head() as torch_logits:
+
+            def logits(states: Any) -> Float32:
+                with self._torch.no_grad():
+                    result: Float32 = torch_logits(states).numpy()
+                return result
+
+            yield logits
+
+    @contextmanager
+    def torch_head(self) -> Iterator[Callable[[Any], Any]]:
+        """As `head`; the logits are a torch tensor, from which gradients flow to the states where they are enabled."""
         if self._head is None:
             raise UnsupportedError(f"{self.checkpoint.location}: {self.architecture.class_name} computes no logits")
 
-        def logits(states: Any) -> Float32:
+        def logits(states: Any) -> Any:
             batch = states[None]
-            with self._torch.no_grad(), self._intercept(lambda index, given, *_: batch):
-                output = self._run_outside(self.module, batch.shape[:2]).logits
-            result: Float32 = output[0].numpy()
-            return result
+            with self._intercept(lambda index, given, *_: batch):
+                return self._run_outside(self.module, batch.shape[:2]).logits[0]
 
         try:
             self._fill([self._head])

@@ -2,17 +2,32 @@
 
 from dataclasses import dataclass
 
+from anyquant.algorithms import ALGORITHMS
 from anyquant.grids import grid as find_grid
 from anyquant.pipeline.blocks import BLOCK_WEIGHTS
+from anyquant.pipeline.matrix import statistics_needed
 from anyquant.pipeline.planner import Job
+from anyquant.pipeline.staged import is_staged
 
 # million weights per second and core, read + quantize + pack + write + verify, on the slower side of what
 # `make bench` prints; only an order of magnitude is claimed
-RATES = {"kquant": 55.0, "legacy": 70.0, "integer": 50.0, "floating": 150.0}
+RATES = {
+    "kquant": 55.0,
+    "legacy": 70.0,
+    "integer": 50.0,
+    "floating": 150.0,
+    "fp8": 50.0,
+    "iquant": 4.0,
+    "codebook": 4.0,
+}
 BASE_MEMORY = 160_000_000  # interpreter, numpy, numba and their caches
 TORCH_MEMORY = 450_000_000  # torch and transformers loaded
 BYTES_PER_BLOCK_WEIGHT = 40  # source, float32, codes, temporaries of one block in flight
-MULTIPLY_RATE = 20e9  # float32 operations per second and core
+MULTIPLY_RATE = 50e9  # float32 operations per second and core
+FEEDBACK_RATE = 3e6  # weights per second and core of error feedback with one sweep of refinement
+PASSES = (
+    3.5  # of a block through its calibration text in a staged run, its Hessians included; twice with the float model
+)
 
 
 @dataclass(frozen=True)
@@ -41,11 +56,29 @@ def estimate(job: Job, threads: int, calibration_tokens: int) -> Cost:
         seconds += linear.view.rows * linear.view.columns / 1e6 / RATES.get(family, 20.0) / threads
     memory = BASE_MEMORY + 2 * threads * BLOCK_WEIGHTS * BYTES_PER_BLOCK_WEIGHT
     if calibration_tokens:
+        staged = is_staged(job)
+        both = staged and "cross" in statistics_needed(list(job.plan.decisions.values()))
+        passes = PASSES * (1 + both) if staged else 1.0
         hidden = job.architecture.dimensions.hidden
         largest = max((_block_weights(job, index) for index in range(job.architecture.dimensions.blocks)), default=0)
-        memory += TORCH_MEMORY + 2 * 4 * largest + 8 * calibration_tokens * hidden
-        seconds += 2 * job.weights * calibration_tokens / MULTIPLY_RATE / threads
+        memory += TORCH_MEMORY + 2 * 4 * largest + 8 * calibration_tokens * hidden * (1 + both)
+        seconds += 2 * job.weights * calibration_tokens * passes / MULTIPLY_RATE / threads
+        if staged:
+            # a Hessian and what is factorised of it, in float64
+            memory += 32 * max(linear.view.columns for linear in job.architecture.linears) ** 2
+            seconds += job.weights / FEEDBACK_RATE / threads + _tuning(job, calibration_tokens) / threads
     return Cost(job.layout.nbytes, memory, seconds)
+
+
+def _tuning(job: Job, calibration_tokens: int) -> float:
+    """Seconds of one core for blocks that are tuned: forward and backward through a batch, every iteration."""
+    context, total = job.recipe.calibration.context, 0.0
+    for linear in job.architecture.linears:
+        options = job.plan.decisions[linear.name].options
+        if ALGORITHMS.get(job.plan.decisions[linear.name].algorithm).tune is not None:
+            tokens = min(calibration_tokens, context * int(options["batch"])) * int(options["iterations"])
+            total += 6 * linear.view.rows * linear.view.columns * tokens / MULTIPLY_RATE
+    return total
 
 
 def _block_weights(job: Job, block: int) -> int:

@@ -24,7 +24,7 @@ from anyquant.pipeline.accounts import make_ledger
 from anyquant.pipeline.backends import Proof, backend_for
 from anyquant.pipeline.measure import ReferenceLogits, loss_of
 from anyquant.pipeline.picture import Point
-from anyquant.pipeline.planner import Job, make_job
+from anyquant.pipeline.planner import Job, chain_of, make_job
 from anyquant.pipeline.prepare import prepare, prove_static
 from anyquant.pipeline.quantized import Quantized, Quantizer
 from anyquant.pipeline.recipe import Recipe
@@ -293,14 +293,6 @@ class Maker:
             warnings=tuple(self.warnings),
             notes=finished.quantized.notes,
         )
-
-
-def chain_of(job: Job) -> str:
-    """What is done to the matrices that leave float, as one writes it; several chains are separated by semicolons."""
-    chains = [one.chain for one in job.plan.decisions.values() if one.grid not in ("f32", "f16", "bf16") or one.prune]
-    named = dict.fromkeys(chains) or {"none": None}
-    before = "".join(f"{step.name} -> " for step in job.plan.transforms)
-    return "; ".join(before + chain for chain in named)
 
 
 def _peak_memory() -> int:

@@ -310,6 +310,14 @@ def holds_zero(name: str) -> bool:
     return not grid.decode(codes, params)[zero].any()
 
 
+def chain_of(job: Job) -> str:
+    """What is done to the matrices that leave float, as one writes it; several chains are separated by semicolons."""
+    chains = [one.chain for one in job.plan.decisions.values() if one.grid not in ("f32", "f16", "bf16") or one.prune]
+    named = dict.fromkeys(chains) or {"none": None}
+    before = "".join(f"{step.name} -> " for step in job.plan.transforms)
+    return "; ".join(before + chain for chain in named)
+
+
 def writable(job: Job) -> Format:
     """The format of a job that is written through one. Raises AnyQuantError for the neutral state."""
     if not isinstance(job.format, Format):
