@@ -312,7 +312,13 @@ def holds_zero(name: str) -> bool:
 
 def chain_of(job: Job) -> str:
     """What is done to the matrices that leave float, as one writes it; several chains are separated by semicolons."""
-    chains = [one.chain for one in job.plan.decisions.values() if one.grid not in ("f32", "f16", "bf16") or one.prune]
+    rounded = {
+        linear: job.plan.decisions[linear.name]
+        for linear in job.architecture.linears
+        if find_grid(job.plan.decisions[linear.name].grid).family != "floating" or job.plan.decisions[linear.name].prune
+    }
+    # an embedding is mostly rounded whatever was asked for; its line of the ledger says so
+    chains = [one.chain for linear, one in rounded.items() if linear.role is not Role.EMBEDDING or len(rounded) == 1]
     named = dict.fromkeys(chains) or {"none": None}
     before = "".join(f"{step.name} -> " for step in job.plan.transforms)
     return "; ".join(before + chain for chain in named)
