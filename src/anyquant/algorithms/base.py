@@ -26,7 +26,9 @@ class Task:
 
     `weights` (rows, in) float32, finite. `stats` are the statistics of its input, None where there are none. `options`
     are those of the algorithm. `shared` are the grid's tensor-wide parameters (`Grid.prepare`). `keep` (rows, in) bool
-    says which weights may differ from zero, None: all. `place` names the matrix in error messages.
+    says which weights may differ from zero, None: all. `place` names the matrix in error messages. `output_hessian`
+    (rows, rows), or its diagonal blocks (blocks, size, size), is the second moment of the gradient of the model's
+    log-likelihood at the output, as `calibrate.gradients` has it; None where it is not known.
     """
 
     weights: Float32
@@ -36,6 +38,7 @@ class Task:
     shared: Params | None = None
     keep: npt.NDArray[np.bool_] | None = None
     place: str = "the matrix"
+    output_hessian: Float32 | None = None
 
     @property
     def importance(self) -> Float32 | None:
@@ -74,8 +77,9 @@ class TunedBlock(Protocol):
 
 @dataclass(frozen=True)
 class Algorithm:
-    """`needs` names the statistics it must have ("second_moment", "hessian", "cross", "absolute_maximum", "mean"),
-    `uses` those it takes where there are any. `options` are its defaults, whose types are binding.
+    """`needs` names the statistics it must have ("second_moment", "hessian", "cross", "absolute_maximum", "mean";
+    "output" is `Task.output_hessian`), `uses` those it takes where there are any. `options` are its defaults, whose
+    types are binding.
 
     Exactly one of the functions is set. `quantize` makes a QTensor; where `rows_apart`, quantizing a slice of rows
     gives the slice of the result and no statistics beyond the second moment are needed, so that rows may be handled one

@@ -2,16 +2,19 @@
 
 Frantar et al. 2022, arXiv 2210.17323. The objective is the mean squared error of the matrix's output, tr(D H D^T) with
 D = weights - values; with `propagation` the output that the float model would have had, see algorithms.propagation.
+With two `sides` it is tr(O D H D^T), see algorithms.output_side.
 """
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from anyquant.algorithms.base import Algorithm, Task, complete_options
 from anyquant.algorithms.error_feedback import STEERINGS, GridRounder, feed_errors_back
-from anyquant.algorithms.hessian import ORDERS, Factor, Route, factor, hessian_of
+from anyquant.algorithms.hessian import ORDERS, Factor, Order, Route, factor, hessian_of
 from anyquant.algorithms.on_grid import OnGrid, parameter_span, refittable
+from anyquant.algorithms.output_side import feed_errors_across, put_rows, row_unit
 from anyquant.algorithms.propagation import KINDS, best_target, deviation_known
 from anyquant.algorithms.refine import refine
 from anyquant.core.corrections import Mask
@@ -29,8 +32,16 @@ DEFAULTS = {
     "refine": 1,
     "propagation": "auto",
     "mixing": 1.0,
+    "sides": 1,
+    "output_dampening": 0.5,
 }
-CHOICES = {"order": ("auto", *ORDERS), "groups": ("dynamic", "static"), "steering": STEERINGS, "propagation": KINDS}
+CHOICES = {
+    "order": ("auto", *ORDERS),
+    "groups": ("dynamic", "static"),
+    "steering": STEERINGS,
+    "propagation": KINDS,
+    "sides": (1, 2),
+}
 
 
 def quantize(task: Task) -> QTensor:
@@ -44,7 +55,9 @@ def quantize(task: Task) -> QTensor:
     the importance is the Hessian's "diagonal", or "conditional": what is left of it once the columns behind adapt.
     `block`: columns handled between corrections of the rest. `refine`: sweeps that choose codes and, where groups are
     dynamic, parameters anew given all others. `propagation`: "none", "gptaq", "qronos", or "auto", which is the latter
-    where the float model's inputs are known; and `mixing`, how much of what these add to the weights.
+    where the float model's inputs are known; and `mixing`, how much of what these add to the weights. `sides`: with 2,
+    rows make up for each other's errors where the gradients at the output are known; `output_dampening` is added to the
+    diagonal of their second moment, relative to its mean.
 
     Raises UsageError for a bad option or missing statistics, BadInputError for a Hessian that cannot be one,
     UnsupportedError when the shape cannot lie on the grid.
@@ -54,22 +67,60 @@ def quantize(task: Task) -> QTensor:
     shared = _shared(task)
     route = _route(task, options)
     refit = options["groups"] == "dynamic" and refittable(task.grid, shared)
-    dynamic = refit and route.span > route.unit
     found = find_factor(task, options, route)
     hessian = hessian_of(task.stats, task.shape[1], task.place, "gptq")
     importance = np.ascontiguousarray(hessian.diagonal())
-    columns = found.columns
+    way = _Way(options, shared, found, importance, refit, refit and route.span > route.unit)
     target = best_target(task, found, options["propagation"], options["mixing"])
-    keep = task.keep
-    params = None if dynamic else task.grid.fit(_masked(target, task), importance, shared)
-    steering = (importance, options["steering"]) if dynamic else None
-    state = OnGrid(task.grid, task.shape, params, shared)
-    rounder = GridRounder(state, columns, None if keep is None else found.arranged(keep), steering)
-    values = found.restored(feed_errors_back(found.arranged(target), found, rounder))
-    if options["refine"]:
-        refine(state, target, values, task, found.dampening, options["refine"], refit)
-    corrections = () if keep is None else (Mask(keep),)
+    if options["sides"] == 2 and task.output_hessian is not None:
+        state = _both_sides(task, target, way)
+    else:
+        state, _ = _one_side(task, target, way)
+    corrections = () if task.keep is None else (Mask(task.keep),)
     return QTensor(task.grid, task.shape, state.codes, state.params, corrections=corrections)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a matrix is quantized, and each part of its rows. `dynamic`: parameters are fitted when they are reached."""
+
+    options: dict[str, Any]
+    shared: Params | None
+    factor: Factor
+    importance: Float32
+    refit: bool
+    dynamic: bool
+
+
+def _one_side(task: Task, target: Float32, way: _Way) -> tuple[OnGrid, Float32]:
+    """Codes and values for `target` (rows, in), each row on its own."""
+    keep, found = task.keep, way.factor
+    params = None if way.dynamic else task.grid.fit(_masked(target, task), way.importance, way.shared)
+    steering = (way.importance, way.options["steering"]) if way.dynamic else None
+    state = OnGrid(task.grid, task.shape, params, way.shared)
+    rounder = GridRounder(state, found.columns, None if keep is None else found.arranged(keep), steering)
+    values = found.restored(feed_errors_back(found.arranged(target), found, rounder))
+    if way.options["refine"]:
+        refine(state, target, values, task, found.dampening, way.options["refine"], way.refit)
+    return state, values
+
+
+def _both_sides(task: Task, target: Float32, way: _Way) -> OnGrid:
+    """Codes for `target` (rows, in), where rows make up for the errors of those that were handled before them."""
+    assert task.output_hessian is not None  # noqa: S101
+    whole = {p.name: np.zeros(p.shape(task.shape), p.dtype) for p in task.grid.parameters}
+    state = OnGrid(task.grid, task.shape, whole, None)
+
+    def round_rows(rows: Order, wanted: Float32) -> Float32:
+        keep = None if task.keep is None else task.keep[rows]
+        part = replace(task, weights=wanted, keep=keep, output_hessian=None)
+        found, values = _one_side(part, wanted, way)
+        put_rows(state, rows, found)
+        return values
+
+    dampening = float(way.options["output_dampening"])
+    feed_errors_across(target, task.output_hessian, dampening, row_unit(task.grid), round_rows, task.place)
+    return state
 
 
 def notes(task: Task) -> tuple[str, ...]:
@@ -81,6 +132,8 @@ def notes(task: Task) -> tuple[str, ...]:
         said.append(f"dampening raised from {options['dampening']:g} to {found.dampening:g}")
     if options["propagation"] == "auto" and not deviation_known(task):
         said.append("the float model's inputs are unknown: errors of earlier layers are not made up for")
+    if options["sides"] == 2 and task.output_hessian is None:
+        said.append("the gradients at the output are unknown: quantized with one side")
     if found.dead.any():
         said.append(f"{int(found.dead.sum())} input channels were always 0")
     return tuple(said)
@@ -91,8 +144,10 @@ def checked_options(task: Task) -> dict[str, Any]:
     options = complete_options("gptq", task.options, DEFAULTS)
     for name, known in CHOICES.items():
         if options[name] not in known:
-            raise UsageError(f"algorithm gptq: option {name} is {options[name]!r}, expected {' or '.join(known)}")
-    for name, least in {"dampening": 0, "block": 1, "refine": 0, "mixing": 0}.items():
+            raise UsageError(
+                f"algorithm gptq: option {name} is {options[name]!r}, expected {' or '.join(map(str, known))}"
+            )
+    for name, least in {"dampening": 0, "block": 1, "refine": 0, "mixing": 0, "output_dampening": 0}.items():
         if not least <= options[name] < np.inf:
             raise UsageError(f"algorithm gptq: option {name} is {options[name]}, expected at least {least}")
     return options
@@ -135,5 +190,8 @@ ALGORITHM = Algorithm(
     quantize=quantize,
     notes=notes,
     check=checked_options,
-    option_needs={"propagation": {"auto": CROSS, "gptaq": CROSS, "qronos": CROSS}},
+    option_needs={
+        "propagation": {"auto": CROSS, "gptaq": CROSS, "qronos": CROSS},
+        "sides": {2: frozenset({"output"})},
+    },
 )

@@ -21,6 +21,7 @@ Order = npt.NDArray[np.intp]
 Matrix = npt.NDArray[Any]
 MOST_DAMPENING = 1.0
 ORDERS = ("natural", "activation", "groups")
+SEED = 0  # of the order "random"
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Route:
 
     `unit` columns have one code, `span` columns stay together, `block` columns are handled before the rest is
     corrected. `order`: "natural"; "activation", units by falling mean of the diagonal, for which the span is one unit;
-    "groups", spans by falling mean, and the units within a span too.
+    "groups", spans by falling mean, and the units within a span too; "random", spans in an order that is always the
+    same.
     """
 
     order: str
@@ -42,6 +44,10 @@ class Route:
         if self.order == "natural":
             return np.arange(diagonal.size)
         units = _means(diagonal, self.unit)
+        if self.order == "random":
+            whole = diagonal.size // self.span * self.span
+            spans = np.random.default_rng(SEED).permutation(np.arange(whole).reshape(-1, self.span))
+            return np.append(spans, np.arange(whole, diagonal.size))
         if self.order == "activation":
             ranks = np.argsort(-units, kind="stable")
         else:
@@ -91,7 +97,7 @@ def factor(moments: Moments, route: Route, dampening: float, place: str) -> Fact
     added to the diagonal; where that does not make the matrix positive definite, ten times as much, and so on. Raises
     BadInputError when 1.0 is not enough, or the Hessian holds a value that cannot be one.
     """
-    return moments.once(("factor", route, dampening), lambda: _factorise(moments.hessian, route, dampening, place))
+    return moments.once(("factor", route, dampening), lambda: factorise(moments.hessian, route, dampening, place))
 
 
 def hessian_of(moments: Moments | None, columns: int, place: str, algorithm: str) -> Float32:
@@ -122,7 +128,8 @@ def damped(hessian: Float32, columns: Order, dampening: float) -> npt.NDArray[np
     return result
 
 
-def _factorise(hessian: Any, route: Route, dampening: float, place: str) -> Factor:
+def factorise(hessian: Any, route: Route, dampening: float, place: str) -> Factor:
+    """As `factor`, of any second moment, and not remembered."""
     diagonal = _checked_diagonal(hessian, place)
     columns = route.columns(diagonal)
     lower, used = _lower_reversed(hessian, columns, dampening, place)

@@ -46,7 +46,7 @@ def refine(
     torch = require("torch")
     columns = target.shape[1]
     hessian = hessian_of(task.stats, columns, task.place, "gptq")
-    square = damped(hessian, np.arange(columns), dampening).astype(np.float32)
+    square = _square(task, hessian, dampening)
     importance = np.ascontiguousarray(hessian.diagonal()) if refit else None
     work = Descent(state, values, square, task.keep, importance)
     step = state.span if refit else PIECE if state.compiled(None) else SLOW_PIECE * state.grid.vector
@@ -61,6 +61,16 @@ def refine(
                 change = _improve(work, at, np.ascontiguousarray(pull[:, first - start :][:, :step]))
                 correct(pull[:, first - start + step :], change, square[at, behind])
             errors[:, start:stop] = torch.from_numpy(target[:, start:stop] - values[:, start:stop])
+
+
+def _square(task: Task, hessian: Float32, dampening: float) -> Float32:
+    """The damped Hessian, made once for all matrices with this input."""
+
+    def compute() -> Float32:
+        result: Float32 = damped(hessian, np.arange(len(hessian)), dampening).astype(np.float32)
+        return result
+
+    return compute() if task.stats is None else task.stats.once(("damped", dampening), compute)
 
 
 def _improve(work: Descent, at: slice, pull: Float32) -> Float32:

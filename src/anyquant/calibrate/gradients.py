@@ -29,6 +29,7 @@ from anyquant.store.system import writing
 
 INDEX = "outputs.json"  # written last: what it names is whole
 MOST_OUTPUTS = 4096
+WHOLE = 128  # outputs that are not parted, so that grids with blocks of rows are not either
 SEED = 0
 Draw = Callable[[Any], Any]  # logits (tokens, vocabulary) -> one token id for each, (tokens,); torch tensors
 
@@ -224,8 +225,11 @@ class _Sum:
 
     def __init__(self, linear: Linear, most_outputs: int) -> None:
         outputs = linear.shape[0]
-        self._blocks = -(-outputs // most_outputs)
-        self._size = -(-outputs // self._blocks)
+        self._size = outputs
+        if outputs > most_outputs:
+            even = -(-outputs // -(-outputs // most_outputs))
+            self._size = min(most_outputs, -(-even // WHOLE) * WHOLE)
+        self._blocks = -(-outputs // self._size)
         self._total = require("torch").zeros((self._blocks, self._size, self._size))
         self.seen = 0
 
