@@ -44,7 +44,7 @@ ALGORITHM_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "rtn": {},
     "hqq": {"iterations": 4},
     "gptq": {},
-    "autoround": {"iterations": 4},
+    "autoround": {"iterations": 12, "start": "rtn", "rate": 0.01},  # from where a few steps gain
     "codebook": {"rounds": 1},
 }
 PAIRS = [(algorithm, name) for algorithm in ALGORITHM_OPTIONS for name in GRIDS if applies(algorithm, name)]
@@ -71,7 +71,7 @@ class Linear:
 def quantize(algorithm: str, task: Task) -> QTensor:
     """What the algorithm makes of the task; a tuner sees a block that is this matrix alone."""
     found = ALGORITHMS.get(algorithm)
-    task = replace(task, options=ALGORITHM_OPTIONS[algorithm])
+    task = replace(task, options={**ALGORITHM_OPTIONS[algorithm], **task.options})
     if found.quantize is not None:
         return found.quantize(task)
     assert found.tune is not None
