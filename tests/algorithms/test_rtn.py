@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from anyquant.algorithms import ALGORITHMS
-from anyquant.algorithms.base import Task, complete_options
+from anyquant.algorithms.base import Task
 from anyquant.algorithms.rtn import quantize
 from anyquant.calibrate.stats import Moments
 from anyquant.core.dtypes import Float32
 from anyquant.core.errors import UnsupportedError, UsageError
 from anyquant.core.grid import Codes, Grid, Parameter, Params, Scope
+from anyquant.core.options import complete_options
 
 
 @dataclass(frozen=True)

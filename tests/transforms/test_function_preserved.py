@@ -10,11 +10,12 @@ import pytest
 
 from anyquant.calibrate.stats import Moments, Statistics
 from anyquant.core.grid import Grid
+from anyquant.core.options import complete_options
 from anyquant.grids import grid as find_grid
 from anyquant.models.architecture import Architecture
 from anyquant.models.detect import detect
 from anyquant.transforms import TRANSFORMS
-from anyquant.transforms.base import BlockScene, complete_options
+from anyquant.transforms.base import BlockScene
 from anyquant.transforms.checkpoint import RewrittenCheckpoint
 from anyquant.transforms.operations import Operation, Permute, Scale, random_rotation
 from anyquant.transforms.proof import LIMIT, relative_logit_difference

@@ -9,10 +9,11 @@ import pytest
 from anyquant.calibrate.stats import Moments, Statistics
 from anyquant.core.checkpoint import read_tensor
 from anyquant.core.errors import UsageError
+from anyquant.core.options import complete_options
 from anyquant.grids import grid as find_grid
 from anyquant.models.detect import detect
 from anyquant.transforms import TRANSFORMS
-from anyquant.transforms.base import BlockScene, complete_options
+from anyquant.transforms.base import BlockScene
 from anyquant.transforms.checkpoint import RewrittenCheckpoint
 from anyquant.transforms.operations import Permute, Scale
 from anyquant.transforms.rewrites import Rewrites

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from anyquant.algorithms.base import Algorithm, Task, TunedBlock, complete_options
+from anyquant.algorithms.base import Algorithm, Task, TunedBlock
 from anyquant.algorithms.gptq import quantize as feed_errors_back
 from anyquant.algorithms.offsets import Learned, Offsets, offsets_of
 from anyquant.algorithms.rtn import quantize as round_to_nearest
 from anyquant.core.errors import UsageError
 from anyquant.core.extras import require
+from anyquant.core.options import complete_options
 from anyquant.core.qtensor import QTensor
 
 DEFAULTS = {"iterations": 200, "rate": 0.0, "batch": 8, "seed": 0, "start": "gptq", "minmax": True}

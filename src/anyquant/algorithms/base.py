@@ -13,11 +13,9 @@ import numpy.typing as npt
 
 from anyquant.calibrate.stats import Moments
 from anyquant.core.dtypes import Float32
-from anyquant.core.errors import UsageError
 from anyquant.core.grid import Grid, Params
 from anyquant.core.plan import EMPTY
 from anyquant.core.qtensor import QTensor
-from anyquant.core.registry import suggest
 
 
 @dataclass(frozen=True)
@@ -109,15 +107,3 @@ class Algorithm:
         """The statistics that it needs under these options."""
         further = (by_value.get(options.get(name), frozenset()) for name, by_value in self.option_needs.items())
         return self.needs.union(*further)
-
-
-def complete_options(algorithm: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """`defaults` updated by `given`. Raises UsageError for a name without a default, or a value of another type."""
-    for name, value in given.items():
-        if name not in defaults:
-            advice = suggest(name, list(defaults)) if defaults else "it takes none"
-            raise UsageError(f"algorithm {algorithm} has no option {name!r}; {advice}")
-        wanted = type(defaults[name])
-        if type(value) is not wanted and not (wanted is float and type(value) is int):
-            raise UsageError(f"algorithm {algorithm}: option {name} is {value!r}, expected a {wanted.__name__}")
-    return {**defaults, **given}

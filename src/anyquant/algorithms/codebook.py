@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from anyquant.algorithms.base import Algorithm, Task, complete_options
+from anyquant.algorithms.base import Algorithm, Task
 from anyquant.algorithms.error_feedback import GridRounder, feed_errors_back
 from anyquant.algorithms.hessian import Route, damped, factor, hessian_of
 from anyquant.algorithms.on_grid import OnGrid
@@ -20,6 +20,7 @@ from anyquant.core.dtypes import Float32
 from anyquant.core.errors import UsageError
 from anyquant.core.extras import require
 from anyquant.core.grid import Codes, Grid, Parameter, Params, Scope
+from anyquant.core.options import complete_options
 from anyquant.core.qtensor import QTensor
 
 DEFAULTS = {"feedback": True, "rounds": 3, "dampening": 0.01}

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from anyquant.algorithms.base import Algorithm, Task, complete_options
+from anyquant.algorithms.base import Algorithm, Task
 from anyquant.algorithms.error_feedback import STEERINGS, GridRounder, feed_errors_back
 from anyquant.algorithms.hessian import ORDERS, Factor, Order, Route, factor, hessian_of
 from anyquant.algorithms.on_grid import OnGrid, parameter_span, refittable
@@ -21,6 +21,7 @@ from anyquant.core.corrections import Mask
 from anyquant.core.dtypes import Float32
 from anyquant.core.errors import UsageError
 from anyquant.core.grid import Params
+from anyquant.core.options import complete_options
 from anyquant.core.qtensor import QTensor
 
 DEFAULTS = {

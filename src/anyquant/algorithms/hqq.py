@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from anyquant.algorithms.base import Algorithm, Task, complete_options
+from anyquant.algorithms.base import Algorithm, Task
 from anyquant.algorithms.on_grid import Keep, parameter_span
 from anyquant.core.corrections import Mask
 from anyquant.core.dtypes import Float32
 from anyquant.core.errors import UsageError
 from anyquant.core.grid import Grid, Params, Scope
+from anyquant.core.options import complete_options
 from anyquant.core.qtensor import QTensor
 
 DEFAULTS = {"p": 0.7, "beta": 10.0, "kappa": 1.01, "iterations": 20}

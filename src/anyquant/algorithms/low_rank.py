@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from anyquant.algorithms.base import Task, complete_options
+from anyquant.algorithms.base import Task
 from anyquant.core.corrections import LowRank
 from anyquant.core.dtypes import Float32
 from anyquant.core.errors import UsageError
 from anyquant.core.extras import require
+from anyquant.core.options import complete_options
 from anyquant.core.qtensor import QTensor
 
 DEFAULTS = {"rank": 32}

@@ -5,8 +5,9 @@ At four bits and above this is nearly all there is to gain; below, error feedbac
 
 import numpy as np
 
-from anyquant.algorithms.base import Algorithm, Task, complete_options
+from anyquant.algorithms.base import Algorithm, Task
 from anyquant.core.corrections import Mask
+from anyquant.core.options import complete_options
 from anyquant.core.qtensor import QTensor
 
 DEFAULTS = {"search": True}

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from anyquant.algorithms.base import Task, complete_options
+from anyquant.algorithms.base import Task
 from anyquant.core.errors import UnsupportedError, UsageError
+from anyquant.core.options import complete_options
 
 Scores = npt.NDArray[np.floating[Any]]
 Keep = npt.NDArray[np.bool_]

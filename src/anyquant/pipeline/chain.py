@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from anyquant.algorithms import ALGORITHMS
-from anyquant.algorithms.base import Algorithm, complete_options
+from anyquant.algorithms.base import Algorithm
 from anyquant.core.errors import UsageError
+from anyquant.core.options import complete_options
 from anyquant.core.plan import EMPTY, Step
 from anyquant.core.registry import suggest
 from anyquant.transforms import TRANSFORMS

@@ -12,10 +12,8 @@ from typing import Any, Protocol
 from anyquant.calibrate.stats import Moments, Statistics
 from anyquant.core.checkpoint import Checkpoint, read_tensor, read_view
 from anyquant.core.dtypes import Float32
-from anyquant.core.errors import UsageError
 from anyquant.core.grid import Grid
 from anyquant.core.plan import EMPTY
-from anyquant.core.registry import suggest
 from anyquant.models.architecture import Architecture
 from anyquant.transforms.rewrites import Rewrites
 
@@ -88,15 +86,3 @@ class Transform:
     uses: frozenset[str] = frozenset()
     prepare: Callable[[Architecture, Checkpoint, Mapping[str, Any]], Rewrites] | None = None
     block: Callable[[Scene, Mapping[str, Any]], Rewrites] | None = None
-
-
-def complete_options(transform: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """`defaults` updated by `given`. Raises UsageError for a name without a default, or a value of another type."""
-    for name, value in given.items():
-        if name not in defaults:
-            advice = suggest(name, list(defaults)) if defaults else "it takes none"
-            raise UsageError(f"transform {transform} has no option {name!r}; {advice}")
-        wanted = type(defaults[name])
-        if type(value) is not wanted and not (wanted is float and type(value) is int):
-            raise UsageError(f"transform {transform}: option {name} is {value!r}, expected a {wanted.__name__}")
-    return {**defaults, **given}
