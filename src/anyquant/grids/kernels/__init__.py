@@ -1,22 +1,5 @@
 """The fast twins of the grid families, compiled by Numba on first use."""
 
-from numba import njit
+from anyquant.core.compiled import can_cache
 
-
-def _probe() -> None:
-    """A function that is never compiled."""
-
-
-def _can_cache() -> bool:
-    """Whether Numba has a place for compiled code: beside its source, or in the user's cache folder.
-
-    Where neither can be written (a container with a strange user id), every process compiles anew.
-    """
-    try:
-        njit(cache=True)(_probe)
-    except RuntimeError:
-        return False
-    return True
-
-
-CACHE = _can_cache()
+CACHE = can_cache()
