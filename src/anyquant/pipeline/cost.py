@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from anyquant.algorithms import ALGORITHMS
 from anyquant.grids import grid as find_grid
 from anyquant.pipeline.blocks import BLOCK_WEIGHTS
-from anyquant.pipeline.matrix import statistics_needed
+from anyquant.pipeline.matrix import output_needed, statistics_needed
 from anyquant.pipeline.planner import Job
 from anyquant.pipeline.staged import is_staged
 
@@ -20,6 +20,7 @@ RATES = {
     "iquant": 4.0,
     "codebook": 4.0,
 }
+GRADIENT_PASSES = 4.0  # forward, forward again, back, and the second moments
 BASE_MEMORY = 160_000_000  # interpreter, numpy, numba and their caches
 TORCH_MEMORY = 450_000_000  # torch and transformers loaded
 BYTES_PER_BLOCK_WEIGHT = 40  # source, float32, codes, temporaries of one block in flight
@@ -57,8 +58,9 @@ def estimate(job: Job, threads: int, calibration_tokens: int) -> Cost:
     memory = BASE_MEMORY + 2 * threads * BLOCK_WEIGHTS * BYTES_PER_BLOCK_WEIGHT
     if calibration_tokens:
         staged = is_staged(job)
-        both = staged and "cross" in statistics_needed(list(job.plan.decisions.values()))
-        passes = PASSES * (1 + both) if staged else 1.0
+        decisions = list(job.plan.decisions.values())
+        both = staged and "cross" in statistics_needed(decisions)
+        passes = (PASSES * (1 + both) if staged else 1.0) + GRADIENT_PASSES * output_needed(decisions)
         hidden = job.architecture.dimensions.hidden
         largest = max((_block_weights(job, index) for index in range(job.architecture.dimensions.blocks)), default=0)
         memory += TORCH_MEMORY + 2 * 4 * largest + 8 * calibration_tokens * hidden * (1 + both)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any
 
@@ -10,18 +10,20 @@ import numpy as np
 
 from anyquant.algorithms import ALGORITHMS
 from anyquant.algorithms.base import Task
+from anyquant.calibrate.gradients import OutputStatistics
 from anyquant.calibrate.live import LiveBlock
 from anyquant.calibrate.stats import Moments
 from anyquant.core.checkpoint import Checkpoint, read_view
 from anyquant.core.dtypes import Float32
 from anyquant.core.errors import AnyQuantError
 from anyquant.core.linear import Linear
-from anyquant.core.plan import Decision, Step
+from anyquant.core.plan import Decision
 from anyquant.core.qtensor import QTensor
 from anyquant.grids import grid as find_grid
 from anyquant.pipeline.blocks import check_finite
 from anyquant.pipeline.planner import Job
 from anyquant.pipeline.rows import SharedParameters
+from anyquant.pipeline.steps import corrected, pruned, quantized, steps_of
 from anyquant.pipeline.work import Work
 from anyquant.store.state import entry_key
 
@@ -29,16 +31,21 @@ CODE_VERSION = "3"  # changes whenever the same input may give other codes
 CHUNK_WEIGHTS = 1 << 24  # rows of embedding or head that are quantized at once: 64 MB of float32
 HESSIAN_BYTES = 1 << 29  # of experts that are observed in one pass
 MATRICES = frozenset({"hessian", "cross", "residual"})
+OUTPUT = "output"  # the one need that is not about inputs
 _EXPERT = re.compile(r"experts\.[0-9]+\.")
-
-
-def steps_of(decision: Decision) -> list[Step]:
-    """Pruner, algorithm and corrector of a decision."""
-    return [step for step in (decision.prune, Step(decision.algorithm, decision.options), decision.correct) if step]
 
 
 def statistics_needed(decisions: Sequence[Decision]) -> frozenset[str]:
     """What has to be known of the inputs of these Linears."""
+    return _all_needed(decisions) - {OUTPUT}
+
+
+def output_needed(decisions: Sequence[Decision]) -> bool:
+    """Whether the gradients at the outputs of these Linears have to be known."""
+    return OUTPUT in _all_needed(decisions)
+
+
+def _all_needed(decisions: Sequence[Decision]) -> frozenset[str]:
     found: set[str] = set()
     for decision in decisions:
         for step in steps_of(decision):
@@ -72,10 +79,22 @@ class _Tuned:
 
 
 class Matrices:
-    """Quantizes the matrices of a stage. `states`: sha256 of the activations that enter it; `notes` is added to."""
+    """Quantizes the matrices of a stage. `states`: sha256 of the activations that enter it; `notes` is added to.
 
-    def __init__(self, job: Job, checkpoint: Checkpoint, work: Work, states: str, notes: list[str]) -> None:
+    `outputs` are the gradients at the outputs of Linears, where they were collected.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        checkpoint: Checkpoint,
+        work: Work,
+        states: str,
+        notes: list[str],
+        outputs: OutputStatistics | None = None,
+    ) -> None:
         self._job, self._checkpoint, self._work, self._states, self._notes = job, checkpoint, work, states, notes
+        self._outputs = outputs
         self._shared = SharedParameters(job, checkpoint)
 
     def quantize_block(self, live: LiveBlock) -> tuple[dict[str, str], dict[str, Moments]]:
@@ -173,38 +192,20 @@ class Matrices:
     def _task(self, linear: Linear, weights: Float32, moments: Moments | None) -> Task:
         decision = self._decision(linear)
         grid = find_grid(decision.grid)
-        return Task(weights, grid, moments, decision.options, self._shared.of(linear), place=linear.name)
-
-    def _pruned(self, linear: Linear, task: Task) -> Task:
-        step = self._decision(linear).prune
-        if step is None:
-            return task
-        prune = ALGORITHMS.get(step.name).prune
-        if prune is None:
-            raise AnyQuantError(f"{step.name} does not prune")
-        return replace(task, keep=prune(replace(task, options=step.options)))
+        output = self._outputs.of(linear) if self._outputs and output_needed([decision]) else None
+        shared = self._shared.of(linear)
+        return Task(weights, grid, moments, decision.options, shared, place=linear.name, output_hessian=output)
 
     def _apply(self, linear: Linear, task: Task) -> QTensor:
         """Prune, quantize, correct."""
-        quantize = ALGORITHMS.get(self._decision(linear).algorithm).quantize
-        if quantize is None:
-            raise AnyQuantError(f"{linear.name}: {self._decision(linear).algorithm} does not quantize")
-        pruned = self._pruned(linear, task)
-        notes = ALGORITHMS.get(self._decision(linear).algorithm).notes
+        decision = self._decision(linear)
+        ready = pruned(decision, task)
+        notes = ALGORITHMS.get(decision.algorithm).notes
         if notes is not None:
             self._notes += [
-                f"{linear.name}: {note}" for note in notes(pruned) if f"{linear.name}: {note}" not in self._notes
+                f"{linear.name}: {note}" for note in notes(ready) if f"{linear.name}: {note}" not in self._notes
             ]
-        return self._corrected(linear, task, quantize(pruned))
-
-    def _corrected(self, linear: Linear, task: Task, result: QTensor) -> QTensor:
-        step = self._decision(linear).correct
-        if step is None:
-            return result
-        correct = ALGORITHMS.get(step.name).correct
-        if correct is None:
-            raise AnyQuantError(f"{step.name} does not correct")
-        return correct(replace(task, options=step.options), result)
+        return corrected(decision, task, quantized(decision, ready))
 
     def _tune(
         self, name: str, linears: list[Linear], live: LiveBlock, moments: Mapping[str, Moments]
@@ -215,14 +216,14 @@ class Matrices:
             weights, found = live.weights(linear), moments[linear.input_group]
             check_finite(weights, f"tensor {linear.view.tensor} ({linear.name})")
             keys[linear.name] = self._key(linear, [weights], found)
-            tasks[linear.name] = self._pruned(linear, self._task(linear, weights, found))
+            tasks[linear.name] = pruned(self._decision(linear), self._task(linear, weights, found))
         if not all(self._work.entries.has(key, find_grid) for key in keys.values()):
             tune = ALGORITHMS.get(name).tune
             if tune is None:
                 raise AnyQuantError(f"{name} does not tune")
             for linear_name, result in tune(_Tuned(live, tasks)).items():
                 linear = self._job.architecture.by_name[linear_name]
-                final = self._corrected(linear, tasks[linear_name], result)
+                final = corrected(self._decision(linear), tasks[linear_name], result)
                 with self._work.entries.begin(keys[linear_name], final.grid, final.shape) as entry:
                     entry.write(0, final)
         for linear in linears:
@@ -239,6 +240,8 @@ class Matrices:
         shared = {name: array.tolist() for name, array in (self._shared.of(linear) or {}).items()}
         tuned = ALGORITHMS.get(decision.algorithm).tune is not None
         steering = {"grid": decision.grid, "steps": steps, "shared": shared, "states": self._states if tuned else ""}
+        if self._outputs and output_needed([decision]):
+            steering["output"] = self._outputs.digest(linear)
         return entry_key(source.hexdigest(), steering, "" if moments is None else _digest(moments), CODE_VERSION)
 
 

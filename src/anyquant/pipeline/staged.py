@@ -12,20 +12,23 @@ import numpy as np
 
 from anyquant.algorithms import ALGORITHMS
 from anyquant.calibrate.chain import Chain
+from anyquant.calibrate.gradients import OutputStatistics, collect_output_statistics
 from anyquant.calibrate.live import LiveBlock
 from anyquant.calibrate.stats import Moments, Statistics
 from anyquant.calibrate.text import Document
-from anyquant.core.errors import BadInputError
+from anyquant.core.errors import BadInputError, UsageError
 from anyquant.core.linear import Linear
 from anyquant.core.progress import Progress
 from anyquant.models.families import HEAD_INPUT
 from anyquant.models.streaming import StreamedModel
-from anyquant.pipeline.matrix import Matrices, statistics_needed, steps_of
+from anyquant.pipeline.matrix import Matrices, output_needed, statistics_needed
 from anyquant.pipeline.planner import Job
 from anyquant.pipeline.scene import Rewriting
+from anyquant.pipeline.steps import rows_apart
 from anyquant.pipeline.work import Record, Work
 
 MOMENTS, MAXIMA = "moments/", "maxima/"
+OUTPUTS = "outputs"  # folder of the gradients, in that of the run
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def is_staged(job: Job) -> bool:
     """Whether the job must go block by block through the quantized model."""
     decisions = job.plan.decisions.values()
     static = any(one.input_activation is not None and one.input_activation.mode == "static" for one in decisions)
-    apart = all(ALGORITHMS.get(step.name).rows_apart for one in decisions for step in steps_of(one))
+    apart = all(rows_apart(decision) for decision in decisions)
     return static or not apart or Rewriting.calibrated(job.plan.transforms)
 
 
@@ -71,6 +74,7 @@ class Stages:
         both = tuned or "cross" in statistics_needed(decisions)
         self.model = StreamedModel(job.checkpoint, job.architecture)
         tokens = [document.tokens for document in documents]
+        self.outputs = self._gradients(tokens) if output_needed(decisions) else None
         self.chain = Chain(self.model, tokens, both, work.folder, room.memory, progress)
         self.rewriting = Rewriting(job)
 
@@ -86,6 +90,18 @@ class Stages:
             self.work.record(self.model.blocks, self._edges())
         job = replace(self.job, checkpoint=self.rewriting.checkpoint)
         return Staged(job, self._entries, Statistics(self._moments), tuple(self._notes))
+
+    def _gradients(self, documents: Sequence[Sequence[int]]) -> OutputStatistics:
+        """Those of an earlier run that is resumed, or collected now: through the float model, once."""
+        if Rewriting.calibrated(self.job.plan.transforms):
+            raise UsageError(
+                "gptq with two sides needs the gradients of the model as it is quantized, which transforms found from "
+                "activations change; leave out the transform, or say sides = 1"
+            )
+        folder = self.work.folder / OUTPUTS
+        if OutputStatistics.complete(folder):
+            return OutputStatistics(folder)
+        return collect_output_statistics(self.model, documents, folder, self.progress)
 
     def _resume(self) -> int:
         """Take over what is recorded; the stage to go on with."""
@@ -119,7 +135,7 @@ class Stages:
         """Rewrite, quantize and advance one block."""
         notes: list[str] = []
         rewrites = self.rewriting.block(live, notes)
-        matrices = Matrices(self.job, self.rewriting.checkpoint, self.work, self._states, notes)
+        matrices = Matrices(self.job, self.rewriting.checkpoint, self.work, self._states, notes, self.outputs)
         entries, moments = matrices.quantize_block(live)
         notes += [f"{name}: no token reached this expert; the others' mean was taken" for name in live.unrouted]
         live.advance()
