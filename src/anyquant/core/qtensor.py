@@ -51,6 +51,16 @@ class QTensor:
             weights = correction.apply(weights)
         return weights
 
+    def rows(self, start: int, stop: int) -> "QTensor":
+        """The rows [start, stop), which begin at a block of the grid, and end at one or with the matrix."""
+        params = {
+            parameter.name: self.params[parameter.name][parameter.slice(start, stop - start)]
+            for parameter in self.grid.parameters
+        }
+        corrections = tuple(correction.rows(start, stop) for correction in self.corrections)
+        shape = (stop - start, self.shape[1])
+        return QTensor(self.grid, shape, self.codes[start:stop], params, self.column_groups, corrections)
+
     def _decode(self) -> Float32:
         if self.column_groups is None:
             return self.grid.decode(self.codes, self.params)

@@ -1,23 +1,26 @@
 """Where quantized rows come from: computed when asked for, or read from the entries of a state."""
 
+from collections import OrderedDict
 from collections.abc import Mapping
+from threading import Lock
 from typing import Protocol
 
 import numpy as np
 
-from anyquant.algorithms import ALGORITHMS
 from anyquant.algorithms.base import Task
 from anyquant.calibrate.stats import Moments
 from anyquant.core.checkpoint import Checkpoint, read_view
 from anyquant.core.dtypes import Float32
-from anyquant.core.errors import AnyQuantError
 from anyquant.core.grid import Params
 from anyquant.core.linear import Linear
 from anyquant.core.qtensor import QTensor
 from anyquant.grids import grid as find_grid
 from anyquant.pipeline.blocks import BLOCK_WEIGHTS, Block, read_block
 from anyquant.pipeline.planner import Job
+from anyquant.pipeline.steps import apply_steps, rows_apart
 from anyquant.store.state import EntryReader
+
+KEPT = 2  # whole matrices: threads may be at work on the end of one and the beginning of the next
 
 
 class Importance(Protocol):
@@ -49,20 +52,35 @@ class Rows(Protocol):
 
 
 class Direct:
-    """Rows quantized when asked for, each block for itself. For algorithms that take rows apart."""
+    """Rows quantized when asked for, each block for itself; those of steps that look at a whole matrix by matrix.
+
+    Nothing is known but `statistics`: for decisions that need no more.
+    """
 
     def __init__(self, job: Job, statistics: Importance) -> None:
         self._job, self._statistics = job, statistics
         self._shared = SharedParameters(job)
+        self._lock = Lock()
+        self._whole: OrderedDict[str, QTensor] = OrderedDict()
 
     def rows(self, block: Block) -> QTensor:
+        if rows_apart(self._job.plan.decisions[block.linear.name]):
+            return self._quantized(block)
+        with self._lock:
+            if block.linear.name not in self._whole:
+                while len(self._whole) >= KEPT:
+                    self._whole.popitem(last=False)
+                whole = Block(block.unit, block.linear, 0, block.linear.shape[0])
+                self._whole[block.linear.name] = self._quantized(whole)
+            self._whole.move_to_end(block.linear.name)
+            return self._whole[block.linear.name].rows(block.first, block.first + block.rows)
+
+    def _quantized(self, block: Block) -> QTensor:
         linear, decision = block.linear, self._job.plan.decisions[block.linear.name]
-        algorithm, grid = ALGORITHMS.get(decision.algorithm), find_grid(decision.grid)
-        if algorithm.quantize is None or not algorithm.rows_apart or decision.correct is not None:
-            raise AnyQuantError(f"{linear.name}: {decision.chain} does not quantize rows apart")
         weights, moments = read_block(self._job, block), self._statistics.moment(linear)
-        task = Task(weights, grid, moments, decision.options, self._shared.of(linear), place=linear.name)
-        return algorithm.quantize(task)
+        shared = self._shared.of(linear)
+        task = Task(weights, find_grid(decision.grid), moments, decision.options, shared, place=linear.name)
+        return apply_steps(decision, task)
 
 
 class Stored:

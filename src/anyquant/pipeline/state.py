@@ -23,12 +23,13 @@ from anyquant.pipeline.executors.threads import run_all
 from anyquant.pipeline.planner import Job
 from anyquant.pipeline.rows import Importance, Rows
 from anyquant.pipeline.run import Sink
+from anyquant.pipeline.steps import steps_of
 from anyquant.pipeline.verify import relative_errors
 from anyquant.runtimes.activations import RoundedInput
 from anyquant.store.publish import Stage
 from anyquant.store.state import EntryWriter, StateReader, StateWriter, entry_key
 
-CODE_VERSION = "2"  # changes whenever the same input may give other codes
+CODE_VERSION = "3"  # changes whenever the same input may give other codes
 
 
 def source_hash(job: Job, linear: Linear, pieces: Sequence[Block]) -> str:
@@ -60,7 +61,7 @@ def write_state(
             by_linear.setdefault(block.linear.name, []).append(block)
         for name, pieces in by_linear.items():
             linear, decision = job.architecture.by_name[name], job.plan.decisions[name]
-            steering = {"grid": decision.grid, "algorithm": decision.algorithm, "options": dict(decision.options)}
+            steering = {"grid": decision.grid, "steps": [asdict(step) for step in steps_of(decision)]}
             importance = _importance_hash(statistics, linear)
             keys[name] = entry_key(source_hash(job, linear, pieces), steering, importance, CODE_VERSION)
             if not state.has(keys[name], find_grid):
