@@ -136,6 +136,9 @@ def _decide(linear: Linear, wish: _Wish, importance: bool) -> Decision:
     elif not linear.input_group and any(not step.rows_apart or step.needs for step in steps):
         chain = Chain(Step("rtn", ALGORITHMS.get("rtn").options))
         reason = f"{reason}; its rows are looked up and meet no activations: rtn"
+    elif linear.block is None and ALGORITHMS.get(chain.quantize.name).tune is not None:
+        reason = f"{reason}; {chain.quantize.name} tunes the matrices of a block, and it is in none: rtn"
+        chain = replace(chain, quantize=Step("rtn", ALGORITHMS.get("rtn").options))
     elif not importance and (needy := next((step for step in steps if _statistics(step)), None)) is not None:
         raise UsageError(
             f"{linear.name}: {needy.name} needs statistics of activations; leave out --data-free, or choose rtn or hqq"
@@ -233,6 +236,7 @@ def make_plan(model: Model, target: Rules, recipe: Recipe, importance: bool) -> 
         decisions[linear.name] = replace(fitted, input_activation=input_activation(activation, linear, fitted.grid))
     if activation is not None and not any(decision.input_activation for decision in decisions.values()):
         raise UsageError(f"--activations {recipe.activations}: no matrix of the blocks is quantized; give --grid")
+    _expect_alike(architecture, decisions)
     calibrated = next((step.name for step in transforms if TRANSFORMS.get(step.name).block is not None), None)
     if calibrated is not None and not importance:
         raise UsageError(f"{calibrated} is found from activations; leave out --data-free")
@@ -249,6 +253,20 @@ def make_plan(model: Model, target: Rules, recipe: Recipe, importance: bool) -> 
         importance=importance,
         transforms=transforms,
     )
+
+
+def _expect_alike(architecture: Architecture, decisions: Mapping[str, Decision]) -> None:
+    """Raise UsageError when matrices of one block that are tuned together have different options."""
+    first: dict[tuple[int | None, str], Decision] = {}
+    for linear in architecture.linears:
+        decision = decisions[linear.name]
+        if ALGORITHMS.get(decision.algorithm).tune is None:
+            continue
+        leader = first.setdefault((linear.block, decision.algorithm), decision)
+        if dict(leader.options) != dict(decision.options):
+            raise UsageError(
+                f"{leader.linear} and {linear.name} are tuned together by {decision.algorithm}: give them the same options"
+            )
 
 
 def _together(reasons: Sequence[str], architecture: Architecture) -> str:
@@ -319,9 +337,8 @@ def chain_of(job: Job) -> str:
     }
     # an embedding is mostly rounded whatever was asked for; its line of the ledger says so
     chains = [one.chain for linear, one in rounded.items() if linear.role is not Role.EMBEDDING or len(rounded) == 1]
-    named = dict.fromkeys(chains) or {"none": None}
-    before = "".join(f"{step.name} -> " for step in job.plan.transforms)
-    return "; ".join(before + chain for chain in named)
+    before = [step.name for step in job.plan.transforms]
+    return "; ".join(" -> ".join([*before, chain]) for chain in dict.fromkeys(chains)) or " -> ".join(before) or "none"
 
 
 def writable(job: Job) -> Format:

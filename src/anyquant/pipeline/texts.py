@@ -57,7 +57,7 @@ def load_splits(tokenizer: Tokenizer, architecture: Architecture, calibration: C
         return demo_splits(tokenizer, context)
     amounts = Amounts(tokens=(calibration.tokens, calibration.tokens // 3, calibration.tokens * 2 // 3))
     # few tokens must not make the text look short: the fewest documents of all splits are read in any case
-    tokens = max(sum(amounts.tokens), sum(amounts.documents) * context)
+    tokens = sum(max(pair[0], pair[1] * context) for pair in zip(amounts.tokens, amounts.documents, strict=True))
     documents = read_documents(calibration.text, tokenizer, context, tokens=tokens, field=calibration.field)
     if not documents:
         raise BadInputError(f"{calibration.text}: holds no text of two tokens or more to calibrate and measure on")
