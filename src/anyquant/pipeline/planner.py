@@ -265,7 +265,7 @@ def _expect_alike(architecture: Architecture, decisions: Mapping[str, Decision])
         leader = first.setdefault((linear.block, decision.algorithm), decision)
         if dict(leader.options) != dict(decision.options):
             raise UsageError(
-                f"{leader.linear} and {linear.name} are tuned together by {decision.algorithm}: give them the same options"
+                f"{leader.linear} and {linear.name} are tuned together by {decision.algorithm}: one set of options"
             )
 
 
