@@ -72,3 +72,9 @@ def test_a_stopped_run_goes_on_without_collecting_again(
 def test_transforms_found_on_the_way_do_not_fit(llama: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="two sides"):
         api.make(llama, out=tmp_path / "out", recipe=recipe(text, "awq -> gptq"), threads=1)
+
+
+def test_experts_have_one_side_and_the_report_says_so(text: Path, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model", "qwen3_moe", hidden=64, blocks=1)
+    report = api.make(folder, out=tmp_path / "out", recipe=recipe(text), threads=1)
+    assert any("12 matrices with one side" in note and "experts" in note for note in report.notes)

@@ -133,8 +133,6 @@ def notes(task: Task) -> tuple[str, ...]:
         said.append(f"dampening raised from {options['dampening']:g} to {found.dampening:g}")
     if options["propagation"] == "auto" and not deviation_known(task):
         said.append("the float model's inputs are unknown: errors of earlier layers are not made up for")
-    if options["sides"] == 2 and task.output_hessian is None:
-        said.append("the gradients at the output are unknown: quantized with one side")
     if found.dead.any():
         said.append(f"{int(found.dead.sum())} input channels were always 0")
     return tuple(said)

@@ -103,6 +103,17 @@ class Stages:
             return OutputStatistics(folder)
         return collect_output_statistics(self.model, documents, folder, self.progress)
 
+    def _one_sided(self) -> list[str]:
+        """A note on matrices that were to be quantized with two sides, but have no gradients at their outputs."""
+        if self.outputs is None:
+            return []
+        linears, decisions = self.job.architecture.by_name, self.job.plan.decisions
+        wanting = [name for name in linears if output_needed([decisions[name]])]
+        lacking = [name for name in wanting if not self.outputs.digest(linears[name])]
+        if not lacking:
+            return []
+        return [f"{len(lacking)} matrices with one side, as gradients are not collected there, {lacking[0]} among them"]
+
     def _resume(self) -> int:
         """Take over what is recorded; the stage to go on with."""
         records = self.work.finished()[: self.model.blocks + 1]
@@ -148,7 +159,7 @@ class Stages:
         edges = [linear for linear in self.job.architecture.linears if linear.block is None]
         needs = statistics_needed([self.job.plan.decisions[linear.name] for linear in edges])
         moments = {HEAD_INPUT: self.chain.head(needs)} if any(_has_input(linear) for linear in edges) else {}
-        notes: list[str] = []
+        notes = self._one_sided()
         matrices = Matrices(self.job, self.rewriting.checkpoint, self.work, self._states, notes)
         entries = {linear.name: matrices.quantize_edge(linear, moments.get(linear.input_group)) for linear in edges}
         record = Record(entries, _kept(moments), tuple(notes))
