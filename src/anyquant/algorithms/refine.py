@@ -8,6 +8,7 @@ and the present values, stretched and shifted as is best. No step makes the obje
 
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,8 @@ from anyquant.core.grid import Scope
 class Descent:
     """The matrix while it is refined, in logical order: `values` (rows, in) belong to the codes in `state`.
 
-    `hessian` (in, in) is the damped one. `importance` (in,) steers fits; None: parameters stay.
+    `hessian` (in, in) is the damped one. `importance` (in,) steers fits; None: parameters stay. `inverses` are those of
+    its diagonal blocks, and their upper Cholesky factors, by columns.
     """
 
     state: OnGrid
@@ -32,11 +34,22 @@ class Descent:
     hessian: Float32
     keep: Keep | None
     importance: Float32 | None
+    inverses: dict[tuple[int, int], tuple[Float32, Float32]]
     row_block: int = field(init=False)
 
     def __post_init__(self) -> None:
         sizes = [p.rows for p in self.state.grid.parameters if p.scope is Scope.BLOCK]
         self.row_block = int(np.lcm.reduce(sizes)) if sizes else 1
+
+    def inverse(self, at: slice) -> tuple[Float32, Float32]:
+        """The inverse of `hessian[at, at]`, and its upper Cholesky factor."""
+        key = (at.start, at.stop)
+        if key not in self.inverses:
+            inner = self.hessian[at, at].astype(np.float64)
+            reversed_lower = np.linalg.cholesky(inner[::-1, ::-1])
+            upper = np.linalg.inv(reversed_lower[::-1, ::-1])
+            self.inverses[key] = ((upper.T @ upper).astype(np.float32), upper.astype(np.float32))
+        return self.inverses[key]
 
 
 def refine(
@@ -46,9 +59,9 @@ def refine(
     torch = require("torch")
     columns = target.shape[1]
     hessian = hessian_of(task.stats, columns, task.place, "gptq")
-    square = _square(task, hessian, dampening)
+    square, inverses = _derived(task, hessian, dampening)
     importance = np.ascontiguousarray(hessian.diagonal()) if refit else None
-    work = Descent(state, values, square, task.keep, importance)
+    work = Descent(state, values, square, task.keep, importance, inverses)
     step = state.span if refit else PIECE if state.compiled(None) else SLOW_PIECE * state.grid.vector
     edges = Route("natural", state.grid.vector, step, PIECE).edges(columns)
     errors = torch.from_numpy(target - values)
@@ -63,12 +76,11 @@ def refine(
             errors[:, start:stop] = torch.from_numpy(target[:, start:stop] - values[:, start:stop])
 
 
-def _square(task: Task, hessian: Float32, dampening: float) -> Float32:
-    """The damped Hessian, made once for all matrices with this input."""
+def _derived(task: Task, hessian: Float32, dampening: float) -> tuple[Float32, dict[Any, Any]]:
+    """The damped Hessian and room for `Descent.inverses`, one for all matrices with this input."""
 
-    def compute() -> Float32:
-        result: Float32 = damped(hessian, np.arange(len(hessian)), dampening).astype(np.float32)
-        return result
+    def compute() -> tuple[Float32, dict[Any, Any]]:
+        return damped(hessian, np.arange(len(hessian)), dampening).astype(np.float32), {}
 
     return compute() if task.stats is None else task.stats.once(("damped", dampening), compute)
 
@@ -96,7 +108,7 @@ def _refit(work: Descent, at: slice, pull: Float32, wanted: Float32, importance:
     kept = np.where(keep, wanted, np.float32(0)) if keep.size else wanted
     slot = state.fit(kept, at.start, importance)
     codes = state.codes[:, places(state, at)].copy()
-    values = round_columns(state, slot, np.arange(at.start, at.stop), wanted.copy(), _upper(inner), keep)
+    values = round_columns(state, slot, np.arange(at.start, at.stop), wanted.copy(), work.inverse(at)[1], keep)
     change = values - work.values[:, at]
     gain = ((change @ inner - 2 * pull) * change).sum(axis=1, dtype=np.float64)
     starts = np.arange(0, gain.size, work.row_block)
@@ -110,8 +122,7 @@ def _refit(work: Descent, at: slice, pull: Float32, wanted: Float32, importance:
 
 def _best_reals(work: Descent, at: slice, pull: Float32) -> Float32:
     """The best real-valued weights for the columns `at`, given all others."""
-    inverse = np.linalg.inv(work.hessian[at, at].astype(np.float64)).astype(np.float32)
-    wanted: Float32 = work.values[:, at] + pull @ inverse
+    wanted: Float32 = work.values[:, at] + pull @ work.inverse(at)[0]
     return wanted
 
 
@@ -130,13 +141,6 @@ def _stretched(work: Descent, at: slice, pull: Float32) -> Float32:
         wanted[:, part] += factor * block
         left -= factor * passed
     return wanted
-
-
-def _upper(inner: Float32) -> Float32:
-    """The upper Cholesky factor of the inverse of a positive definite matrix."""
-    reversed_lower = np.linalg.cholesky(inner[::-1, ::-1].astype(np.float64))
-    upper: Float32 = np.linalg.inv(reversed_lower[::-1, ::-1]).astype(np.float32)
-    return upper
 
 
 def _descend(work: Descent, slot: Slot | None, at: slice, pull: Float32) -> Float32:
