@@ -134,18 +134,18 @@ class Maker:
             with quantizer:
                 finished = self._write(plans, stage, splits, quantizer)
                 quantizer.keep_imatrix(stage.folder / IMATRIX, finished.job)
-            if splits is not None and tokenizer is not None:
-                self._certify(finished.job, stage, splits, tokenizer)
-            verdict = judge(self.evidence.measures, request.contract, finished.job.layout.nbytes)
-            report = self._report(finished, verdict, splits)
-            for name, text in (
-                ("report.json", reporting.render_json(report)),
-                ("report.md", reporting.render_markdown(report)),
-                ("report.html", reporting.render_html(report)),
-            ):
-                stage.write_file(name, text.encode())
-            stage.publish(finished.verified.hashes)
-            quantizer.remove()
+                if splits is not None and tokenizer is not None:
+                    self._certify(finished.job, stage, splits, tokenizer)
+                verdict = judge(self.evidence.measures, request.contract, finished.job.layout.nbytes)
+                report = self._report(finished, verdict, splits)
+                for name, text in (
+                    ("report.json", reporting.render_json(report)),
+                    ("report.md", reporting.render_markdown(report)),
+                    ("report.html", reporting.render_html(report)),
+                ):
+                    stage.write_file(name, text.encode())
+                stage.publish(finished.verified.hashes)
+                quantizer.remove()
         return report
 
     def _refuse_input_as_output(self) -> None:

@@ -53,6 +53,7 @@ class Quantizer:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._work is not None and kind is not None:
             self._progress.say(f"what was finished is kept in {self._folder}: run the same command again to go on")
+            self._close()
 
     def quantized(self, job: Job) -> Quantized:
         """The values of a job, by block through the quantized model where it must be, else when they are asked for."""
