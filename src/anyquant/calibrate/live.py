@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from anyquant.calibrate.stats import Moments, Running, average
+from anyquant.calibrate.stats import Moments, Running, assumed, average
 from anyquant.calibrate.stream_sum import StreamSum, writers
 from anyquant.calibrate.watch import Enough, Routing, first_of_groups, watching
 from anyquant.core.arithmetic import fast_products
@@ -82,8 +82,9 @@ class LiveBlock:
         """Statistics of what enters `linears` (all of the block), by input group: one pass with the weights of now.
 
         "cross" takes a second pass, of the unquantized states through the float weights; experts get there the tokens
-        that the quantized states route to them. Experts are observed all together, or not at all: one that no token
-        reached has the average of the others. Raises BadInputError for activations that are not finite.
+        that the quantized states route to them. An expert that no token reached has the average of the others observed
+        with it, or, where there are none, inputs of size 1 that are not correlated. Raises BadInputError for
+        activations that are not finite.
         """
         return self._observe(needs, linears, keep=False)
 
@@ -150,10 +151,11 @@ class LiveBlock:
             parameters = {name: self._parameter(name) for name in self._short}
 
             def add(group: str, rows: Any) -> None:
-                sums[group].add(rows)
-                enough.arrived(group)
+                if group in sums:
+                    sums[group].add(rows)
+                    enough.arrived(group)
 
-            with watching(self._model, groups, parameters, add):
+            with watching(self._model, self._watched(groups), parameters, add):
                 for number, batch in enumerate(self._inputs):
                     output = enough.run(partial(self._run, number))
                     if keep:
@@ -171,21 +173,35 @@ class LiveBlock:
         before = {name: original.get(short, current[name]) for name, short in self._short.items()}
         stream, enough = StreamSum(self._model, self.linears), Enough(groups, False)
 
+        watched = self._watched(groups)
+
         def hold(group: str, rows: Any) -> None:
-            held[group] = (rows.clone(), stream.now)
-            enough.arrived(group)
+            if group in sums:
+                held[group] = (rows.clone(), stream.now)
+                enough.arrived(group)
 
         def add(group: str, rows: Any) -> None:
+            if group not in sums:
+                return
             activations, found = held.pop(group)
             sums[group].add(activations, rows, stream.now - found if sums[group].streams else None)
             enough.arrived(group)
 
         for number, states in enumerate(self._floats):
             entering = stream.following(self._inputs[number].states)
-            with watching(self._model, groups, current, hold), routing.recording(), entering:
+            with watching(self._model, watched, current, hold), routing.recording(), entering:
                 enough.run(partial(self._run, number))
-            with watching(self._model, groups, before, add), routing.repeating(), stream.following(states):
+            with watching(self._model, watched, before, add), routing.repeating(), stream.following(states):
                 enough.run(partial(self._run, number, states, original))
+
+    def _watched(self, groups: Mapping[str, Linear]) -> dict[str, Linear]:
+        """`groups`, and of experts all of the block: some may be reached by no token, but not all.
+
+        Of matrices that lie one below the other in one parameter, the first is where products find it.
+        """
+        if all(linear.expert is None for linear in groups.values()):
+            return dict(groups)
+        return {**groups, **first_of_groups([linear for linear in self.linears if linear.expert is not None])}
 
     def _adds_up(self) -> bool:
         """Whether the block's output is its input and what its writers add, seen on the first batch."""
@@ -194,7 +210,7 @@ class LiveBlock:
             return stream.explains(self._run(0))
 
     def _results(self, groups: Mapping[str, Linear], sums: Mapping[str, Running]) -> dict[str, Moments]:
-        """Experts without tokens get the average of the block's others in the same place."""
+        """Experts without tokens get the average of the others in the same place, else what is assumed of any input."""
         found = {g: running.result() for g, running in sums.items() if running.count or groups[g].expert is None}
         unrouted = []
         for group, linear in groups.items():
@@ -205,7 +221,8 @@ class LiveBlock:
                 for other, one in groups.items()
                 if other in found and (one.role, one.module) == (linear.role, linear.module) and one.expert is not None
             ]
-            found[group] = average([moments for moments in alike if moments.count])
+            seen = [moments for moments in alike if moments.count]
+            found[group] = average(seen) if seen else assumed(linear.shape[1], sums[group].needs)
             unrouted += [one.name for one in self.linears if one.input_group == group]
         self.unrouted = tuple(dict.fromkeys((*self.unrouted, *unrouted)))
         return {group: found[group] for group in groups}

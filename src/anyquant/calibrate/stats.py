@@ -163,6 +163,19 @@ def average(moments: Sequence[Moments]) -> Moments:
     )
 
 
+def assumed(columns: int, needs: frozenset[str]) -> Moments:
+    """What is assumed of an input of which nothing is known, with count 0: independent channels of mean square 1."""
+    one, unit = np.ones(columns, dtype=np.float32), np.eye(columns, dtype=np.float32)
+    return Moments(
+        one,
+        0,
+        one if "absolute_maximum" in needs else None,
+        np.zeros_like(one) if "mean" in needs else None,
+        unit if "hessian" in needs else None,
+        unit if "cross" in needs else None,
+    )
+
+
 @dataclass(frozen=True)
 class Statistics:
     """`moments` by input group; statistics read from a file that keeps one entry per tensor are by Linear name.

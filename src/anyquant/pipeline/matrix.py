@@ -1,6 +1,5 @@
 """The matrices of one stage: pruned, quantized, corrected, and kept as entries of the state."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -32,7 +31,6 @@ CHUNK_WEIGHTS = 1 << 24  # rows of embedding or head that are quantized at once:
 HESSIAN_BYTES = 1 << 29  # of experts that are observed in one pass
 MATRICES = frozenset({"hessian", "cross", "residual"})
 OUTPUT = "output"  # the one need that is not about inputs
-_EXPERT = re.compile(r"experts\.[0-9]+\.")
 
 
 def statistics_needed(decisions: Sequence[Decision]) -> frozenset[str]:
@@ -110,13 +108,13 @@ class Matrices:
             found = live.observe(self._needed(linears), linears)
             for linear in linears:
                 entries[linear.name] = self._one(linear, live, found[linear.input_group])
-            moments |= {group: _without_matrices(one) for group, one in found.items()}
+            moments |= {group: _without_matrices(one, moments.get(group)) for group, one in found.items()}
         if tuned:
             found = live.observe(self._needed(tuned), tuned)
             for algorithm in dict.fromkeys(self._decision(linear).algorithm for linear in tuned):
                 together = [linear for linear in tuned if self._decision(linear).algorithm == algorithm]
                 entries |= self._tune(algorithm, together, live, found)
-            moments |= {group: _without_matrices(one) for group, one in found.items()}
+            moments |= {group: _without_matrices(one, moments.get(group)) for group, one in found.items()}
         return entries, moments
 
     def _steps(self, linears: Sequence[Linear]) -> list[list[Linear]]:
@@ -132,7 +130,7 @@ class Matrices:
                 tuned.append(linear)
                 continue
             needs = self._needed([linear]) & MATRICES
-            place = _EXPERT.sub("experts.", linear.input_group) if needs else ""
+            place = _alike(linear) if needs else ""
             apart.setdefault(place, []).append(linear)
         steps = []
         for alike in apart.values():
@@ -140,7 +138,8 @@ class Matrices:
             for linear in alike:
                 groups = {one.input_group: one for one in (*step, linear)}
                 size = sum(4 * one.shape[1] ** 2 * len(self._needed([one]) & MATRICES) for one in groups.values())
-                if step and linear.expert is not None and size > HESSIAN_BYTES:
+                further = step and linear.input_group != step[-1].input_group
+                if further and linear.expert is not None and size > HESSIAN_BYTES:
                     steps.append(step)
                     step = []
                 step.append(linear)
@@ -165,7 +164,8 @@ class Matrices:
     def quantize_edge(self, linear: Linear, moments: Moments | None) -> str:
         """Embedding or head, by pieces of rows from the checkpoint; its entry key."""
         decision = self._decision(linear)
-        step = max(1, CHUNK_WEIGHTS // linear.view.columns)
+        high = find_grid(decision.grid).block[0]
+        step = max(1, CHUNK_WEIGHTS // linear.view.columns // high) * high
         pieces = [(first, min(step, linear.view.rows - first)) for first in range(0, linear.view.rows, step)]
 
         def read() -> Iterator[Float32]:
@@ -245,9 +245,23 @@ class Matrices:
         return entry_key(source.hexdigest(), steering, "" if moments is None else _digest(moments), CODE_VERSION)
 
 
-def _without_matrices(moments: Moments) -> Moments:
-    """The part of the statistics that is small enough to be kept."""
-    return Moments(moments.second_moment, moments.count, moments.absolute_maximum, moments.mean)
+def _alike(linear: Linear) -> str:
+    """The input group, the same for all experts of a block."""
+    if linear.expert is None:
+        return linear.input_group
+    before, _, after = linear.input_group.rpartition(f".{linear.expert}.")
+    return f"{before}.*.{after}"
+
+
+def _without_matrices(moments: Moments, before: Moments | None) -> Moments:
+    """The part of the statistics that is small enough to be kept.
+
+    `before`: what was found for another matrix with this input, which may have asked for its largest magnitudes.
+    """
+    largest = moments.absolute_maximum
+    if largest is None and before is not None:
+        largest = before.absolute_maximum
+    return Moments(moments.second_moment, moments.count, largest, moments.mean)
 
 
 def _digest(moments: Moments) -> str:

@@ -28,6 +28,7 @@ from anyquant.pipeline.steps import rows_apart
 from anyquant.pipeline.work import Record, Work
 
 MOMENTS, MAXIMA = "moments/", "maxima/"
+UNROUTED = "no token reached this expert; what enters it was assumed to be what enters the others"
 OUTPUTS = "outputs"  # folder of the gradients, in that of the run
 
 
@@ -148,7 +149,7 @@ class Stages:
         rewrites = self.rewriting.block(live, notes)
         matrices = Matrices(self.job, self.rewriting.checkpoint, self.work, self._states, notes, self.outputs)
         entries, moments = matrices.quantize_block(live)
-        notes += [f"{name}: no token reached this expert; the others' mean was taken" for name in live.unrouted]
+        notes += [f"{name}: {UNROUTED}" for name in live.unrouted]
         live.advance()
         record = Record(entries, {**rewrites, **_kept(moments)}, tuple(notes))
         self._take(record)

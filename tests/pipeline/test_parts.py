@@ -1,0 +1,95 @@
+"""Staged runs handle a block in parts, and head and embedding in pieces: neither shows in the result."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from anyquant import api
+from anyquant.calibrate.chain import Chain
+from anyquant.grids import grid as find_grid
+from anyquant.models.detect import detect
+from anyquant.models.streaming import StreamedModel
+from anyquant.pipeline import matrix
+from anyquant.pipeline.recipe import Calibration, Recipe, Rule
+from anyquant.store.open import open_checkpoint
+from anyquant.store.state import StateReader
+from support.checkpoints import make_checkpoint
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "many", "red", "roofs"], 4000)
+    path.write_text(" ".join(words), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = make_checkpoint(tmp_path_factory.mktemp("model") / "llama", "llama", blocks=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = make_checkpoint(tmp_path_factory.mktemp("model") / "mixtral", "mixtral", blocks=1)
+    return folder
+
+
+def made(model: Path, text: Path, out: Path, recipe: Recipe) -> StateReader:
+    calibration = Calibration(text=str(text), tokens=512, context=64)
+    wish = Recipe(**{**vars(recipe), "calibration": calibration})
+    api.make(model, out=out, recipe=wish, threads=1)
+    return StateReader(out, find_grid)
+
+
+def test_pieces_of_the_head_begin_at_blocks_of_the_grid(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe(grid="int8-g32", head="fp8_e4m3-block", algorithm="gptq")
+    whole = made(llama, text, tmp_path / "whole", recipe)
+    monkeypatch.setattr(matrix, "CHUNK_WEIGHTS", 200 * 256)  # 200 rows, where blocks have 128
+    pieces = made(llama, text, tmp_path / "pieces", recipe)
+    assert np.array_equal(pieces.entry("head").load().decode(), whole.entry("head").load().decode())
+
+
+def test_static_scales_stay_known_when_another_reader_of_the_input_does_not_ask(
+    llama: Path, text: Path, tmp_path: Path
+) -> None:
+    recipe = Recipe(
+        grid="int8-channel",
+        algorithm="gptq",
+        activations="int8-tensor:static",
+        rules=(Rule(role="attn_k", grid="f16"),),
+    )
+    plan = made(llama, text, tmp_path / "out", recipe).plan
+    static = {name for name, decision in plan["decisions"].items() if decision["input_activation"]}
+    assert "blocks.0.attn_q" in static and static == set(plan["activation_maxima"])
+
+
+def test_experts_in_parts_are_as_together(
+    mixtral: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe(grid="int4-g32", algorithm="rtn", rules=(Rule(role="ffn_up", algorithm="gptq"),))
+    together = made(mixtral, text, tmp_path / "together", recipe)
+    monkeypatch.setattr(matrix, "HESSIAN_BYTES", 1)
+    parts = made(mixtral, text, tmp_path / "parts", recipe)
+    assert dict(parts.entries) == dict(together.entries)
+
+
+def test_an_expert_that_is_observed_alone_and_not_reached(mixtral: Path) -> None:
+    """One token reaches two of four experts; each of the others is on its own: a unit Hessian is assumed."""
+    checkpoint = open_checkpoint(mixtral)
+    chain = Chain(StreamedModel(checkpoint, detect(checkpoint)), [[5]])
+    with chain.block(0) as block:
+        experts = [linear for linear in block.linears if linear.name.endswith("ffn_gate") and linear.expert is not None]
+        counts = []
+        for linear in experts:
+            found = block.observe(frozenset({"hessian"}), [linear])[linear.input_group]
+            counts.append(found.count)
+            assert found.hessian is not None
+            if not found.count:
+                assert np.array_equal(found.hessian, np.eye(linear.shape[1]))
+                assert linear.name in block.unrouted
+    assert sorted(counts) == [0, 0, 1, 1]
