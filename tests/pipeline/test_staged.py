@@ -14,6 +14,7 @@ import pytest
 from anyquant import api
 from anyquant.pipeline.recipe import Calibration, Recipe
 from support.checkpoints import make_checkpoint
+from support.jobs import job_of
 
 WORDS = [
     "the",
@@ -119,6 +120,42 @@ def test_another_recipe_begins_anew(llama: Path, text: Path, tmp_path: Path, mon
     whole = tmp_path / "whole"
     api.make(llama, out=whole, recipe=recipe(text, grid="int3-g32", algorithm="gptq"), threads=1)
     assert digest(tmp_path / "out") == digest(whole)
+
+
+@pytest.mark.parametrize("damaged", ["states-1.bin", "stage-1.npz", "stage-0.json"])
+def test_a_damaged_work_folder_is_made_again(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str
+) -> None:
+    from anyquant.pipeline import staged
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    wish = recipe(text, grid="int4-g32", algorithm="gptq")
+    with monkeypatch.context() as patch:
+        patch.setattr(staged.Stages, "_edges", stop)
+        with pytest.raises(KeyboardInterrupt):
+            api.make(llama, out=tmp_path / "out", recipe=wish, threads=1)
+    path = tmp_path / ".out.work" / damaged
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+    api.make(llama, out=tmp_path / "out", recipe=wish, threads=1)
+    api.make(llama, out=tmp_path / "whole", recipe=wish, threads=1)
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+def test_a_run_of_other_code_or_for_another_target_begins_anew(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stages that are recorded are taken over as they are, so all that they follow from tells runs apart."""
+    from anyquant.pipeline import quantized
+
+    job, other = (job_of(llama, target, True, grid="int4-g32") for target in ("state", "compressed-tensors"))
+    found = [quantized._identity(job, [], {}), quantized._identity(other, [], {})]
+    monkeypatch.setattr(quantized, "CODE_VERSION", "another")
+    found.append(quantized._identity(job, [], {}))
+    assert len({str(identity) for identity in found}) == 3
 
 
 def test_gptq_loses_less_than_rounding_in_the_runtime(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ class Matrices:
             found = live.observe(self._needed(tuned), tuned)
             for algorithm in dict.fromkeys(self._decision(linear).algorithm for linear in tuned):
                 together = [linear for linear in tuned if self._decision(linear).algorithm == algorithm]
-                entries |= self._tune(algorithm, together, live, found)
+                entries |= self._tune(algorithm, together, live, found, entries)
             moments |= {group: _without_matrices(one, moments.get(group)) for group, one in found.items()}
         return entries, moments
 
@@ -156,7 +156,9 @@ class Matrices:
         weights = live.weights(linear)
         check_finite(weights, f"tensor {linear.view.tensor} ({linear.name})")
         key = self._key(linear, [weights], moments)
-        if not self._work.entries.has(key, find_grid):
+        if self._work.entries.has(key, find_grid):
+            self._say(linear, pruned(self._decision(linear), self._task(linear, weights, moments)))
+        else:
             self._quantize(linear, weights, moments, key)
         live.assign(linear, self._work.entry(key).load().decode())
         return key
@@ -200,23 +202,32 @@ class Matrices:
         """Prune, quantize, correct."""
         decision = self._decision(linear)
         ready = pruned(decision, task)
-        notes = ALGORITHMS.get(decision.algorithm).notes
-        if notes is not None:
-            self._notes += [
-                f"{linear.name}: {note}" for note in notes(ready) if f"{linear.name}: {note}" not in self._notes
-            ]
+        self._say(linear, ready)
         return corrected(decision, task, quantized(decision, ready))
 
+    def _say(self, linear: Linear, task: Task) -> None:
+        """Note what does not go as usual; for an entry of a run that was killed before its notes were kept, again."""
+        notes = ALGORITHMS.get(self._decision(linear).algorithm).notes
+        said = [] if notes is None else [f"{linear.name}: {note}" for note in notes(task)]
+        self._notes += [note for note in said if note not in self._notes]
+
     def _tune(
-        self, name: str, linears: list[Linear], live: LiveBlock, moments: Mapping[str, Moments]
+        self,
+        name: str,
+        linears: list[Linear],
+        live: LiveBlock,
+        moments: Mapping[str, Moments],
+        before: Mapping[str, str],
     ) -> dict[str, str]:
-        """Matrices that are tuned together, by one algorithm."""
+        """Matrices that are tuned together, by one algorithm, when those of `before` (their entries) are quantized."""
         tasks, keys = {}, {}
         for linear in linears:
             weights, found = live.weights(linear), moments[linear.input_group]
             check_finite(weights, f"tensor {linear.view.tensor} ({linear.name})")
             keys[linear.name] = self._key(linear, [weights], found)
             tasks[linear.name] = pruned(self._decision(linear), self._task(linear, weights, found))
+        beside = {"matrices": keys, "before": before}  # each depends on all
+        keys = {linear: entry_key(key, beside, "", CODE_VERSION) for linear, key in keys.items()}
         if not all(self._work.entries.has(key, find_grid) for key in keys.values()):
             tune = ALGORITHMS.get(name).tune
             if tune is None:

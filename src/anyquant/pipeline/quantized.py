@@ -1,12 +1,15 @@
 """A job whose values are chosen, or will be when they are asked for: what a backend writes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from anyquant import __version__
 from anyquant.calibrate.stats import Statistics
 from anyquant.calibrate.text import Document, digest
+from anyquant.core.errors import AnyQuantError
 from anyquant.core.progress import Progress
+from anyquant.pipeline.matrix import CODE_VERSION
 from anyquant.pipeline.planner import Job
 from anyquant.pipeline.rows import Direct, Importance, Rows, Stored, Unweighted
 from anyquant.pipeline.staged import Room, Staged, Stages, is_staged
@@ -98,17 +101,21 @@ def _maxima(done: Staged) -> dict[str, float]:
         if decision.input_activation is None or decision.input_activation.mode != "static":
             continue
         moments = done.statistics.moment(done.job.architecture.by_name[name])
-        if moments is not None and moments.absolute_maximum is not None:
-            found[name] = float(moments.absolute_maximum.max())
+        if moments is None or moments.absolute_maximum is None:
+            raise AnyQuantError(f"{name}: the largest magnitude of its input is not known; its scale cannot be static")
+        found[name] = float(moments.absolute_maximum.max())
     return found
 
 
 def _identity(job: Job, documents: Sequence[Document], versions: Mapping[str, str]) -> dict[str, object]:
-    """What tells one staged run from another."""
+    """What tells one staged run from another: all that its stages follow from."""
     return {
+        "code": [__version__, CODE_VERSION],
+        "target": job.format.name,
         "source": source_identity(job.source.location),
         "recipe": job.recipe.as_dict(),
         "documents": [len(documents), digest(documents)],
         "versions": dict(versions),
-        "decisions": [(name, decision.grid, decision.chain) for name, decision in job.plan.decisions.items()],
+        "decisions": [asdict(decision) for decision in job.plan.decisions.values()],
+        "transforms": [asdict(step) for step in job.plan.transforms],
     }

@@ -25,6 +25,7 @@ from anyquant.pipeline.matrix import Matrices, output_needed, statistics_needed
 from anyquant.pipeline.planner import Job
 from anyquant.pipeline.scene import Rewriting
 from anyquant.pipeline.steps import rows_apart
+from anyquant.pipeline.verify import file_hash
 from anyquant.pipeline.work import Record, Work
 
 MOMENTS, MAXIMA = "moments/", "maxima/"
@@ -131,8 +132,9 @@ class Stages:
     def _restored(self, index: int, digest: str) -> bool:
         path = self.work.states(index - 1)
         try:
-            return path.exists() and self.chain.restore(index, path) == digest
-        except BadInputError:
+            # looked at first: states that are not those of the record would leave a chain that cannot begin anew
+            return path.exists() and file_hash(path) == digest and self.chain.restore(index, path) == digest
+        except (BadInputError, OSError):
             return False
 
     def _take(self, record: Record) -> None:
@@ -141,7 +143,9 @@ class Stages:
         for name, array in record.arrays.items():
             if name.startswith(MOMENTS):
                 group = name.removeprefix(MOMENTS)
-                self._moments[group] = Moments(array[1:], int(array[0]), record.arrays.get(MAXIMA + group))
+                self._moments[group] = Moments(
+                    array[1:].astype(np.float32), int(array[0]), record.arrays.get(MAXIMA + group)
+                )
 
     def _block(self, live: LiveBlock) -> Record:
         """Rewrite, quantize and advance one block."""

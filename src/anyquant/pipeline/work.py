@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
 
-from anyquant.core.errors import AnyQuantError, BadInputError
+from anyquant.core.errors import AnyQuantError
 from anyquant.grids import grid as find_grid
 from anyquant.store.journal import Journal
 from anyquant.store.state import EntryReader, StateWriter, canonical_json
@@ -94,7 +95,7 @@ class Work:
                 kept = {name: arrays[name] for name in arrays.files}
             sound = all(self.entries.has(key, find_grid) for key in table["entries"].values())
             return Record(table["entries"], kept, tuple(table["notes"]), table["states"]) if sound else None
-        except (BadInputError, ValueError, KeyError):
+        except (AnyQuantError, ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, BadZipFile):
             return None
 
 
