@@ -68,6 +68,7 @@ RUNS = (
     Run("rotate", "f32"),
     Run("rotate -> gptq", family="llama-tied"),
     Run("awq -> rtn"),
+    Run("awq -> rtn", "int4-g64", "llama-bf16"),  # norms that leave the source's type
     Run("awq -> gptq", "int3-g32-asym"),
     Run("permute -> rtn", "nvfp4"),
     Run("smoothquant", "int8-channel", activations="int8-channel", named="smoothquant -> rtn"),
@@ -101,12 +102,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path
     base = tmp_path_factory.mktemp("models")
 
     def get(name: str, hidden: int = 64) -> Path:
-        family, _, tied = name.partition("-")
+        family, _, variant = name.partition("-")
         folder = base / f"{name}{hidden}"
         if not folder.exists():
             config = {"intermediate_size": 2 * hidden}
             config |= {"moe_intermediate_size": hidden} if family == "qwen3_moe" else {}
-            make_checkpoint(folder, family, tied=bool(tied), hidden=hidden, config=config)
+            dtype = "BF16" if variant == "bf16" else "F32"
+            make_checkpoint(folder, family, tied=variant == "tied", dtype=dtype, hidden=hidden, config=config)
         return folder
 
     return get

@@ -147,3 +147,18 @@ def test_experts_are_planned_with_a_complete_ledger(model: Model, name: str) -> 
     assert all(applied[linear.name].applied == "f32" for linear in architecture.linears if linear.role is Role.ROUTER)
     with pytest.raises(UnsupportedError, match="mixture-of-experts"):
         job_of(model(name), preset="Q4_K_M")
+
+
+def test_what_is_outside_the_blocks_is_not_pruned_unless_a_rule_says_so(model: Model) -> None:
+    asked = job_of(model("llama"), "state", importance=True, grid="int4-g32", algorithm="wanda -> gptq -> eora")
+    assert asked.plan.decisions["blocks.0.attn_q"].chain == "wanda -> gptq -> eora"
+    assert asked.plan.decisions["head"].chain == "rtn" and not asked.plan.decisions["head"].corrections
+    rule = Rule(role="head", grid="int8-g32", algorithm="magnitude")
+    ruled = job_of(model("llama"), "state", importance=True, grid="int4-g32", rules=(rule,))
+    assert ruled.plan.decisions["head"].chain == "magnitude -> rtn"
+
+
+def test_rewritten_norms_are_planned_in_a_type_that_holds_them(model: Model) -> None:
+    asked = job_of(model("llama-bf16"), "state", importance=True, grid="int4-g32", algorithm="awq")
+    assert set(asked.plan.carried.values()) == {"F32"}
+    assert set(job_of(model("llama-bf16"), "state", grid="int4-g32").plan.carried.values()) == {""}

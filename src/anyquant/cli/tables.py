@@ -75,12 +75,16 @@ def print_plan(planned: Planned, ledger: Ledger) -> None:
     table.add_column("tensor", no_wrap=True)
     table.add_column("source", no_wrap=True)
     table.add_column("grid", no_wrap=True)
+    several = len({line.algorithm for line in ledger.lines if line.algorithm != "carried"}) > 1
+    if several:
+        table.add_column("algorithm")
     table.add_column("bytes", justify="right")
     table.add_column("why")
     for line in ledger.lines:
-        table.add_row(line.name, line.source_dtype, line.applied, f"{line.target_bytes:,}", _text(line.reason))
+        chain = [_text(line.algorithm)] if several else []
+        table.add_row(line.name, line.source_dtype, line.applied, *chain, f"{line.target_bytes:,}", _text(line.reason))
     for name, nbytes, why in ledger.unused:
-        table.add_row(_text(name), "", "unused", f"{nbytes:,}", _text(why))
+        table.add_row(_text(name), "", "unused", *[""] * several, f"{nbytes:,}", _text(why))
     console.print(table)
     source = sum(line.source_bytes for line in ledger.lines)
     exactly = "exactly" if not planned.refusal else "of tensors exactly, without what the format adds"
@@ -89,6 +93,7 @@ def print_plan(planned: Planned, ledger: Ledger) -> None:
             [
                 ("plan", f"{job.plan.label} as {job.format.name}"),
                 ("algorithm", chain_of(job)),
+                *([("activations", job.recipe.activations)] if job.recipe.activations else []),
                 ("size", f"{cost.disk:,} bytes {exactly} ({human_bytes(cost.disk)}); source {human_bytes(source)}"),
                 ("bits per weight", f"{8 * job.layout.payload / job.weights:.3f}"),
                 ("memory", f"about {human_bytes(cost.memory)} at the peak"),

@@ -98,12 +98,13 @@ def _override(chosen: dict[str, tuple[str, str]], architecture: Architecture, ro
 
 @dataclass(frozen=True)
 class _Wish:
-    """What was asked for one Linear, before it is seen whether it can be."""
+    """What was asked for one Linear, before it is seen whether it can be. `ruled`: by a rule that names it."""
 
     grid: str
     reason: str
     algorithm: str
     options: Mapping[str, Any]
+    ruled: bool = False
 
 
 def _apply_rules(wishes: dict[str, _Wish], architecture: Architecture, recipe: Recipe) -> None:
@@ -122,12 +123,14 @@ def _apply_rules(wishes: dict[str, _Wish], architecture: Architecture, recipe: R
 def _ruled(now: _Wish, rule: Rule) -> _Wish:
     # another algorithm does not know the options of the one it replaces
     options = rule.options or ({} if rule.algorithm else now.options)
-    return _Wish(rule.grid or now.grid, rule.describe(), rule.algorithm or now.algorithm, options)
+    return _Wish(rule.grid or now.grid, rule.describe(), rule.algorithm or now.algorithm, options, True)
 
 
 def _decide(linear: Linear, wish: _Wish, importance: bool) -> Decision:
     """The decision on one Linear. Raises UsageError for an algorithm that cannot work on it."""
     chain = _matrix_chain(linear, wish)
+    if linear.role in APART and not wish.ruled:
+        chain = Chain(chain.quantize)  # the algorithm is for the matrices of the blocks: nothing else is pruned
     plain = find_grid(wish.grid).family == "floating" and chain.prune is None and chain.correct is None
     steps = [ALGORITHMS.get(step.name) for step in (chain.prune, chain.quantize, chain.correct) if step is not None]
     reason = wish.reason
@@ -237,6 +240,8 @@ def make_plan(model: Model, target: Rules, recipe: Recipe, importance: bool) -> 
     if activation is not None and not any(decision.input_activation for decision in decisions.values()):
         raise UsageError(f"--activations {recipe.activations}: no matrix of the blocks is quantized; give --grid")
     _expect_alike(architecture, decisions)
+    # what transforms make of norms and biases does not lie in the source's type; the state keeps it as it is
+    norms = target.default_carried or ("F32" if transforms and not isinstance(target, Format) else "")
     calibrated = next((step.name for step in transforms if TRANSFORMS.get(step.name).block is not None), None)
     if calibrated is not None and not importance:
         raise UsageError(f"{calibrated} is found from activations; leave out --data-free")
@@ -248,7 +253,7 @@ def make_plan(model: Model, target: Rules, recipe: Recipe, importance: bool) -> 
     return Plan(
         family=architecture.family,
         decisions=_check_ties(decisions, target.ties(architecture)),
-        carried={carried.name: target.default_carried for carried in architecture.carried},
+        carried={carried.name: norms for carried in architecture.carried},
         label=recipe.preset or recipe.grid or "recipe",
         importance=importance,
         transforms=transforms,

@@ -184,6 +184,13 @@ def _kl_form(value: float) -> str:
     return ".5f" if value >= 1e-3 else ".1e"
 
 
+def _options_of(recipe: Mapping[str, Any]) -> str:
+    """The options and activations that a recipe names."""
+    given = ", ".join(f"{name}={value}" for name, value in (recipe.get("options") or {}).items())
+    activations = recipe.get("activations")
+    return f"{given and f' ({given})'}{(activations and f'; activations rounded to {activations}') or ''}"
+
+
 def summary_rows(report: Report) -> list[tuple[str, str]]:
     """The figures a person reads first, in words."""
     saved = 1 - report.nbytes / report.source_bytes
@@ -191,7 +198,7 @@ def summary_rows(report: Report) -> list[tuple[str, str]]:
     rows = [
         ("verdict", report.status),
         ("artifact", report.artifact or "the whole folder"),
-        ("algorithm", report.chain),
+        ("algorithm", report.chain + _options_of(report.recipe)),
         ("size", f"{report.nbytes:,} bytes, {report.bits_per_weight:.2f} bits per weight, {change}"),
     ]
     if report.loss is not None:
