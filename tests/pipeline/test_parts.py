@@ -4,17 +4,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from anyquant import api
 from anyquant.calibrate.chain import Chain
+from anyquant.core.errors import UsageError
 from anyquant.grids import grid as find_grid
 from anyquant.models.detect import detect
 from anyquant.models.streaming import StreamedModel
 from anyquant.pipeline import matrix
 from anyquant.pipeline.recipe import Calibration, Recipe, Rule
+from anyquant.runtimes.activations import RoundedInput, rounding_of
 from anyquant.store.open import open_checkpoint
 from anyquant.store.state import StateReader
 from support.checkpoints import make_checkpoint
+from support.jobs import job_of
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +70,19 @@ def test_static_scales_stay_known_when_another_reader_of_the_input_does_not_ask(
     plan = made(llama, text, tmp_path / "out", recipe).plan
     static = {name for name, decision in plan["decisions"].items() if decision["input_activation"]}
     assert "blocks.0.attn_q" in static and static == set(plan["activation_maxima"])
+
+
+def test_a_scale_of_all_tokens_is_calibrated_so_that_no_token_depends_on_its_neighbours(
+    llama: Path, text: Path, tmp_path: Path
+) -> None:
+    """NVFP4 has a scale for the whole tensor above those of its groups."""
+    maxima = made(llama, text, tmp_path / "out", Recipe(grid="nvfp4", activations="nvfp4")).plan["activation_maxima"]
+    rounding = rounding_of(RoundedInput("", "nvfp4", maxima["blocks.0.attn_q"]))
+    tokens = torch.from_numpy(np.random.default_rng(0).standard_normal((6, 256)).astype(np.float32))
+    tokens[5] *= 1e5
+    assert torch.equal(rounding(tokens)[:5], rounding(tokens[:5]))
+    with pytest.raises(UsageError, match="data-free"):
+        job_of(llama, "state", False, grid="nvfp4", activations="nvfp4")
 
 
 def test_experts_in_parts_are_as_together(

@@ -24,6 +24,11 @@ def parse_activation(text: str) -> Activation:
     return Activation(name, mode)
 
 
+def needs_maximum(activation: Activation | None) -> bool:
+    """Whether the largest magnitude has to be known beforehand: of a static scale, and of one over all tokens."""
+    return activation is not None and (activation.mode == "static" or find_grid(activation.grid).tensor_wide)
+
+
 def input_activation(activation: Activation | None, linear: Linear, grid: str) -> Activation | None:
     """What enters `linear`, a matrix of a block on `grid`; matrices that stay in float take float."""
     if activation is None or linear.block is None or find_grid(grid).family == "floating":

@@ -19,6 +19,7 @@ from anyquant.core.linear import Linear
 from anyquant.core.plan import Decision
 from anyquant.core.qtensor import QTensor
 from anyquant.grids import grid as find_grid
+from anyquant.pipeline.activations import needs_maximum
 from anyquant.pipeline.blocks import check_finite
 from anyquant.pipeline.planner import Job
 from anyquant.pipeline.rows import SharedParameters
@@ -49,7 +50,7 @@ def _all_needed(decisions: Sequence[Decision]) -> frozenset[str]:
         for step in steps_of(decision):
             algorithm = ALGORITHMS.get(step.name)
             found |= algorithm.needed(step.options) | algorithm.uses
-        if decision.input_activation is not None and decision.input_activation.mode == "static":
+        if needs_maximum(decision.input_activation):
             found.add("absolute_maximum")
     return frozenset(found)
 

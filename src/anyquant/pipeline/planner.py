@@ -18,7 +18,7 @@ from anyquant.formats.base import Format, Rules
 from anyquant.formats.payload import PayloadRules
 from anyquant.grids import grid as find_grid
 from anyquant.models.architecture import Architecture
-from anyquant.pipeline.activations import input_activation, parse_activation
+from anyquant.pipeline.activations import input_activation, needs_maximum, parse_activation
 from anyquant.pipeline.chain import Chain, parse_chain
 from anyquant.pipeline.recipe import Recipe, Rule
 from anyquant.transforms import TRANSFORMS
@@ -248,8 +248,10 @@ def make_plan(model: Model, target: Rules, recipe: Recipe, importance: bool) -> 
     blocks = [decisions[linear.name].grid for linear in architecture.linears if linear.block is not None]
     if calibrated is not None and all(find_grid(grid).family == "floating" for grid in blocks):
         raise UsageError(f"{calibrated} prepares for rounding, and no matrix of the blocks is quantized; give --grid")
-    if activation is not None and activation.mode == "static" and not importance:
-        raise UsageError(f"--activations {recipe.activations}: static scales are calibrated; leave out --data-free")
+    if needs_maximum(activation) and not importance:
+        raise UsageError(
+            f"--activations {recipe.activations}: a scale of all tokens is calibrated; leave out --data-free"
+        )
     return Plan(
         family=architecture.family,
         decisions=_check_ties(decisions, target.ties(architecture)),

@@ -9,6 +9,7 @@ from anyquant.calibrate.stats import Statistics
 from anyquant.calibrate.text import Document, digest
 from anyquant.core.errors import AnyQuantError
 from anyquant.core.progress import Progress
+from anyquant.pipeline.activations import needs_maximum
 from anyquant.pipeline.matrix import CODE_VERSION
 from anyquant.pipeline.planner import Job
 from anyquant.pipeline.rows import Direct, Importance, Rows, Stored, Unweighted
@@ -98,7 +99,7 @@ class Quantizer:
 def _maxima(done: Staged) -> dict[str, float]:
     found = {}
     for name, decision in done.job.plan.decisions.items():
-        if decision.input_activation is None or decision.input_activation.mode != "static":
+        if not needs_maximum(decision.input_activation):
             continue
         moments = done.statistics.moment(done.job.architecture.by_name[name])
         if moments is None or moments.absolute_maximum is None:

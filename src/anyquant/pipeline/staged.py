@@ -21,6 +21,7 @@ from anyquant.core.linear import Linear
 from anyquant.core.progress import Progress
 from anyquant.models.families import HEAD_INPUT
 from anyquant.models.streaming import StreamedModel
+from anyquant.pipeline.activations import needs_maximum
 from anyquant.pipeline.matrix import Matrices, output_needed, statistics_needed
 from anyquant.pipeline.planner import Job
 from anyquant.pipeline.scene import Rewriting
@@ -57,7 +58,7 @@ class Room:
 def is_staged(job: Job) -> bool:
     """Whether the job must go block by block through the quantized model."""
     decisions = job.plan.decisions.values()
-    static = any(one.input_activation is not None and one.input_activation.mode == "static" for one in decisions)
+    static = any(needs_maximum(decision.input_activation) for decision in decisions)
     apart = all(rows_apart(decision) for decision in decisions)
     return static or not apart or Rewriting.calibrated(job.plan.transforms)
 
