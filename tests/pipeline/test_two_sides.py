@@ -63,7 +63,7 @@ def test_a_stopped_run_goes_on_without_collecting_again(
         patch.setattr(staged.Stages, "_edges", stop)
         with pytest.raises(KeyboardInterrupt):
             api.make(llama, out=tmp_path / "out", recipe=recipe(text), threads=1)
-    assert (tmp_path / ".out.work" / "outputs" / "outputs.json").exists() and len(collected) == 2
+    assert list(tmp_path.glob(".out.work/*/outputs/outputs.json")) and len(collected) == 2
     api.make(llama, out=tmp_path / "out", recipe=recipe(text), threads=1)
     assert len(collected) == 2
     assert digest_of(tmp_path / "out") == digest_of(tmp_path / "whole") != digest_of(tmp_path / "one")

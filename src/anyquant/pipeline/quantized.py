@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
 
 from anyquant import __version__
@@ -16,6 +17,7 @@ from anyquant.pipeline.rows import Direct, Importance, Rows, Stored, Unweighted
 from anyquant.pipeline.staged import Room, Staged, Stages, is_staged
 from anyquant.pipeline.statistics import gather, keep
 from anyquant.pipeline.work import Work, source_identity
+from anyquant.store.state import canonical_json
 from anyquant.store.system import SYSTEM, remove_tree
 
 
@@ -40,7 +42,8 @@ class Quantizer:
     """`with Quantizer(...) as quantizer:` chooses the values of jobs. Statistics are collected once for all of them.
 
     `documents` is None for a data-free run. `versions` of the libraries tell runs apart. A staged job works in a hidden
-    folder beside the output `room.out`, which stays when the run ends early, and which `remove` takes away.
+    folder beside the output `room.out`, one for each set of options; it stays when the run ends early, and `remove`
+    takes all of them away.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Quantizer:
         self._gathered: Statistics | None = None
         self._work: Work | None = None
         self._folder = room.out.absolute().with_name(f".{room.out.name}.work")
+        self._mine = self._folder
 
     def __enter__(self) -> "Quantizer":
         return self
@@ -83,8 +87,18 @@ class Quantizer:
             remove_tree(SYSTEM, self._folder)
 
     def _staged(self, job: Job, documents: Sequence[Document]) -> Quantized:
-        self._close()
-        self._work = work = Work(self._folder, _identity(job, documents, self._versions))
+        if self._work is not None:  # of an earlier job of this run, whose output was not good enough
+            self._close()
+            remove_tree(SYSTEM, self._mine)
+        identity = _identity(job, documents, self._versions)
+        self._mine = self._folder / sha256(canonical_json(identity)).hexdigest()[:16]
+        others = [path for path in self._folder.glob("*") if path != self._mine]
+        if others:
+            self._progress.say(
+                f"{self._folder} keeps the unfinished work of {len(others)} other runs to this output, with other "
+                "options; it goes away when this one is published"
+            )
+        self._work = work = Work(self._mine, identity)
         done = Stages(job, documents, work, self._room, self._progress).run()
         self._gathered = done.statistics
         rows = Stored({name: work.entry(key) for name, key in done.entries.items()})
