@@ -59,8 +59,9 @@ class Quantizer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._work is not None and kind is not None:
-            self._progress.say(f"what was finished is kept in {self._folder}: run the same command again to go on")
+        if kind is not None:
+            if list(self._mine.glob("stage-*.json")):
+                self._progress.say(f"finished blocks are kept in {self._mine}: the same command goes on behind them")
             self._close()
 
     def quantized(self, job: Job) -> Quantized:
