@@ -12,7 +12,7 @@ from anyquant.core.errors import UsageError
 from anyquant.grids import grid as find_grid
 from anyquant.models.detect import detect
 from anyquant.models.streaming import StreamedModel
-from anyquant.pipeline import matrix
+from anyquant.pipeline import matrix, scene
 from anyquant.pipeline.recipe import Calibration, Recipe, Rule
 from anyquant.runtimes.activations import RoundedInput, rounding_of
 from anyquant.store.open import open_checkpoint
@@ -93,6 +93,16 @@ def test_experts_in_parts_are_as_together(
     monkeypatch.setattr(matrix, "HESSIAN_BYTES", 1)
     parts = made(mixtral, text, tmp_path / "parts", recipe)
     assert dict(parts.entries) == dict(together.entries)
+
+
+def test_a_transform_goes_without_hessians_for_which_there_is_no_room(
+    mixtral: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scene, "HESSIAN_BYTES", 4 * 256 * 256 * 3)  # of eleven inputs, the first three have room
+    recipe = Recipe(grid="int3-g32", algorithm="awq", calibration=Calibration(text=str(text), tokens=512, context=64))
+    report = api.make(mixtral, out=tmp_path / "out", recipe=recipe, threads=1)
+    assert "awq: block 0: no room for the Hessians of 8 inputs" in report.notes
+    assert any("scaled by activation" in note for note in report.notes)
 
 
 def test_an_expert_that_is_observed_alone_and_not_reached(mixtral: Path) -> None:

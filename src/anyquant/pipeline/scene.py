@@ -10,18 +10,21 @@ import numpy.typing as npt
 
 from anyquant.calibrate.live import LiveBlock
 from anyquant.calibrate.stats import Moments
+from anyquant.calibrate.watch import first_of_groups
 from anyquant.core.checkpoint import Checkpoint, read_tensor, read_view
 from anyquant.core.dtypes import Float32
 from anyquant.core.grid import Grid
-from anyquant.core.linear import Carried
+from anyquant.core.linear import Carried, Linear
 from anyquant.core.plan import Step
 from anyquant.grids import grid as find_grid
 from anyquant.models.architecture import Architecture
 from anyquant.pipeline.planner import Job
 from anyquant.transforms import TRANSFORMS
+from anyquant.transforms.base import Transform
 from anyquant.transforms.checkpoint import RewrittenCheckpoint
 from anyquant.transforms.rewrites import Rewrites
 
+HESSIAN_BYTES = 1 << 30  # that are only used, not needed, by a transform; without them it goes by the diagonal
 DESCRIPTION, ARRAYS = "rewrites", "rewrites/"
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -69,23 +72,28 @@ class Rewriting:
         """Rewrite a block of float weights, in the checkpoint and in the live module. Returns what `take` needs."""
         total = Rewrites()
         for step in self._steps:
-            transform = TRANSFORMS.get(step.name)
-            if transform.block is None:
-                continue
-            grids = {linear.name: self._job.plan.decisions[linear.name].grid for linear in live.linears}
-            found = live.observe(transform.needs | transform.uses)
-            scene = LiveScene(self._job.architecture, live.index, live, self.checkpoint, found, grids)
-            rewrites = transform.block(scene, step.options)
-            notes += [f"{step.name}: {note}" for note in rewrites.notes]
-            self._add(rewrites)
-            self._assign(live, rewrites)
-            total = total.then(rewrites)
+            total = total.then(self._found_by(step, live, notes))
         if total.empty:
             return {}
         live.accept()
         description, arrays = total.to_arrays()
         text = np.frombuffer(json.dumps(description).encode(), dtype=np.uint8)
         return {DESCRIPTION: text, **{ARRAYS + name: array for name, array in arrays.items()}}
+
+    def _found_by(self, step: Step, live: LiveBlock, notes: list[str]) -> Rewrites:
+        transform = TRANSFORMS.get(step.name)
+        if transform.block is None:
+            return Rewrites()
+        grids = {linear.name: self._job.plan.decisions[linear.name].grid for linear in live.linears}
+        found, without = _observed(live, transform)
+        if without:
+            notes.append(f"{step.name}: block {live.index}: no room for the Hessians of {without} inputs")
+        scene = LiveScene(self._job.architecture, live.index, live, self.checkpoint, found, grids)
+        rewrites = transform.block(scene, step.options)
+        notes += [f"{step.name}: {note}" for note in rewrites.notes]
+        self._add(rewrites)
+        self._assign(live, rewrites)
+        return rewrites
 
     def take(self, arrays: Arrays) -> None:
         """Take over the rewrites of a block from an earlier run."""
@@ -106,6 +114,23 @@ class Rewriting:
         for carried in self._job.architecture.carried:
             if carried.block == live.index and carried.tensor in rewrites.tensors:
                 live.assign_carried(carried, _carried(self.checkpoint, carried))
+
+
+def _observed(live: LiveBlock, transform: Transform) -> tuple[dict[str, Moments], int]:
+    """What the transform needs, and what it uses; of that, Hessians of as many inputs as there is room for.
+
+    And the number of those for whose Hessians there is none.
+    """
+    needs, uses = transform.needs, transform.needs | transform.uses
+    small: list[Linear] = []
+    large: list[Linear] = []
+    room = HESSIAN_BYTES
+    for group in first_of_groups(live.linears).values():
+        size = 4 * group.shape[1] ** 2 if "hessian" in uses - needs else 0
+        (small if size <= room else large).append(group)
+        room -= size if size <= room else 0
+    found = live.observe(uses, small) if small else {}
+    return found | (live.observe(uses - {"hessian"}, large) if large else {}), len(large)
 
 
 def _carried(checkpoint: Checkpoint, carried: Carried) -> Float32:
