@@ -1,5 +1,6 @@
 """Staged runs handle a block in parts, and head and embedding in pieces: neither shows in the result."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from anyquant.models.detect import detect
 from anyquant.models.streaming import StreamedModel
 from anyquant.pipeline import matrix, scene
 from anyquant.pipeline.recipe import Calibration, Recipe, Rule
+from anyquant.pipeline.statistics import refuse_imatrix
 from anyquant.runtimes.activations import RoundedInput, rounding_of
 from anyquant.store.open import open_checkpoint
 from anyquant.store.state import StateReader
@@ -120,3 +122,20 @@ def test_an_expert_that_is_observed_alone_and_not_reached(mixtral: Path) -> None
                 assert np.array_equal(found.hessian, np.eye(linear.shape[1]))
                 assert linear.name in block.unrouted
     assert sorted(counts) == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("wish", "refused"),
+    [
+        ({"algorithm": "wanda"}, ""),
+        ({"algorithm": "gptq"}, "gptq needs"),
+        ({"algorithm": "magnitude"}, "behind the quantized"),
+        ({"grid": "int8-channel", "activations": "int8-tensor:static"}, "behind the quantized"),
+        ({"algorithm": "rotate"}, "original channels"),
+    ],
+)
+def test_an_importance_file_is_used_or_refused(llama: Path, wish: dict[str, str], refused: str) -> None:
+    recipe = {"grid": "int4-g32", "calibration": Calibration(imatrix="given.gguf"), **wish}
+    job = job_of(llama, "state", True, **recipe)
+    with pytest.raises(UsageError, match=refused) if refused else nullcontext():
+        refuse_imatrix(job)

@@ -17,6 +17,7 @@ from anyquant.formats import FORMATS
 from anyquant.models.architecture import Architecture
 from anyquant.pipeline.planner import Job
 from anyquant.pipeline.recipe import Calibration
+from anyquant.pipeline.staged import is_staged
 
 IMATRIX = "imatrix.gguf"
 
@@ -66,3 +67,8 @@ def refuse_imatrix(job: Job) -> None:
                     f"{path}: {step.name} needs {', '.join(sorted(lacking))} of the activations, which importance "
                     "files do not hold; calibrate on a text instead"
                 )
+    if is_staged(job):
+        raise UsageError(
+            f"{path}: this recipe calibrates every block behind the quantized ones before it, where an importance file "
+            "would be ignored; leave it out"
+        )
