@@ -7,6 +7,7 @@ name (`anyquant.grids`, `anyquant.algorithms`, `anyquant.formats`, `anyquant.run
 import difflib
 import importlib
 from collections.abc import Mapping
+from functools import cached_property
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
@@ -32,7 +33,12 @@ class Registry(Generic[T]):
 
     def names(self) -> list[str]:
         """Built-in names, then those of installed plug-ins."""
-        return sorted({*self._builtin, *(point.name for point in entry_points(group=self.group))})
+        return sorted({*self._builtin, *self._plugged})
+
+    @cached_property
+    def _plugged(self) -> tuple[str, ...]:
+        """Finding them reads the metadata of everything that is installed: once is enough for a process."""
+        return tuple(point.name for point in entry_points(group=self.group))
 
     def get(self, name: str) -> T:
         """The object registered as `name`. Raises UsageError with the nearest names when there is none."""
