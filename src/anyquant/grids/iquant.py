@@ -30,8 +30,8 @@ from anyquant.grids.iquant_search import (
     Lattice,
     codebook,
     error_weights,
-    relative_importance,
 )
+from anyquant.grids.kquant_search import relative_importance
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from anyquant.core.dtypes import Float32
-from anyquant.core.errors import BadInputError
 from anyquant.core.extras import require
-from anyquant.grids.kquant_search import FLOOR, IMPORTANCE_SPREAD, SQUARE, Objective, span
+from anyquant.grids.kquant_search import IMPORTANCE_SPREAD, SQUARE, Objective, span
 
 SUPER = 256
 BLOCK = 32  # weights that share a scale in iq4_nl and iq4_xs
@@ -165,22 +164,6 @@ def tables(name: str) -> Tables:
     names = np.take_along_axis(near, order, axis=1).astype(np.uint16)
     points = np.ascontiguousarray(book[names].transpose(0, 2, 1)).reshape(count, -1)
     return Tables(np.ascontiguousarray(entries.T), points, names)
-
-
-def relative_importance(importance: npt.NDArray[np.floating], columns: int, block: int) -> Float32:
-    """`importance` (in,) over its mean in each `block` of channels, kept above FLOOR; all zero counts as uniform.
-
-    Raises BadInputError for a wrong length, negative or non-finite values.
-    """
-    if importance.shape != (columns,):
-        raise BadInputError(f"importance has shape {importance.shape}, expected ({columns},): one per input channel")
-    if not np.isfinite(importance).all() or (importance < 0).any():
-        raise BadInputError("importance holds negative or non-finite values; it must be a mean of squares")
-    blocks = importance.astype(np.float64).reshape(-1, block)
-    mean = blocks.mean(axis=1, keepdims=True)
-    relative = np.divide(blocks, mean, out=np.ones_like(blocks), where=mean > 0)
-    floored: Float32 = np.maximum(relative, FLOOR).astype(np.float32).reshape(-1)
-    return floored
 
 
 def error_weights(objective: Objective, factor: float, block: int, weights: Float32, importance: Float32) -> Float32:

@@ -111,17 +111,17 @@ LAYOUTS = {
 }
 
 
-def relative_importance(importance: npt.NDArray[np.floating], columns: int) -> Float32:
-    """`importance` (in,) over its mean in each super-block (scales do not depend on its size), kept above FLOOR.
+def relative_importance(importance: npt.NDArray[np.floating], columns: int, block: int = SUPER) -> Float32:
+    """`importance` (in,) over its mean in each `block` (scales do not depend on its size), kept above FLOOR.
 
-    A super-block whose importance is all zero counts as uniform. Raises BadInputError for a wrong length, negative or
+    A block whose importance is all zero counts as uniform. Raises BadInputError for a wrong length, negative or
     non-finite values.
     """
     if importance.shape != (columns,):
         raise BadInputError(f"importance has shape {importance.shape}, expected ({columns},): one per input channel")
     if not np.isfinite(importance).all() or (importance < 0).any():
         raise BadInputError("importance holds negative or non-finite values; it must be a mean of squares")
-    blocks = importance.astype(np.float64).reshape(-1, SUPER)
+    blocks = importance.astype(np.float64).reshape(-1, block)
     mean = blocks.mean(axis=1, keepdims=True)
     relative = np.divide(blocks, mean, out=np.ones_like(blocks), where=mean > 0)
     floored: Float32 = np.maximum(relative, FLOOR).astype(np.float32).reshape(-1)
