@@ -106,7 +106,8 @@ class Maker:
         self.rules: Rules = rules(request.target.format)
         self.backend = backend_for(request.target, request.threads, progress, clock)
         self.model = prepare(request.checkpoint, request.recipe)
-        self.original: Architecture = detect(request.checkpoint)
+        rewritten = self.model.checkpoint is not request.checkpoint
+        self.original: Architecture = detect(request.checkpoint) if rewritten else self.model.architecture
         calibration = request.recipe.calibration
         self.measuring = not calibration.data_free or calibration.text is not None or request.contract.needs_measures
         self.importance = not calibration.data_free

@@ -254,7 +254,9 @@ class Matrices:
         steering = {"grid": decision.grid, "steps": steps, "shared": shared, "states": self._states if tuned else ""}
         if self._outputs and output_needed([decision]):
             steering["output"] = self._outputs.digest(linear)
-        return entry_key(source.hexdigest(), steering, "" if moments is None else _digest(moments), CODE_VERSION)
+        # matrices with one input share its statistics, whose products may be large
+        found = "" if moments is None else moments.once("digest", lambda: _digest(moments))
+        return entry_key(source.hexdigest(), steering, found, CODE_VERSION)
 
 
 def _alike(linear: Linear) -> str:
