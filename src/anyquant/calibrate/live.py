@@ -1,11 +1,12 @@
 """One block of the model while it is being quantized: its weights, what enters it, what leaves it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
+from anyquant.calibrate.replay import Replay, parts_of
 from anyquant.calibrate.stats import Moments, Running, assumed, average
 from anyquant.calibrate.stream_sum import StreamSum, writers
 from anyquant.calibrate.watch import Enough, Routing, first_of_groups, watching
@@ -17,7 +18,7 @@ from anyquant.core.linear import Carried, Linear
 from anyquant.models.batches import Batch
 from anyquant.models.streaming import StreamedModel
 
-NOTHING: frozenset[str] = frozenset()
+NO_LINEARS: Mapping[str, Linear] = {}
 
 
 class LiveBlock:
@@ -25,7 +26,8 @@ class LiveBlock:
 
     `module` is its torch module, `linears` are its Linears, in order. `inputs` are the states that enter it through the
     quantized blocks, `floats` those of the unquantized model, or None. `unrouted` are the Linears, experts, whose
-    statistics had to be assumed. `moved` is called with a number of tokens when they have passed the block.
+    statistics had to be assumed. `moved` is called with a number of tokens when they have passed the block; `room()`
+    gives tensors like the states, in which outputs inside the block are kept between passes.
 
     The weights that the block began with are kept beside assigned ones where there are `floats`; else they are read
     again when they are asked for.
@@ -38,6 +40,7 @@ class LiveBlock:
         module: Any,
         states: tuple[Sequence[Batch], Sequence[Any] | None],
         moved: Callable[[int], None],
+        room: Callable[[], Sequence[Any]],
     ) -> None:
         self.index = index
         self.module = module
@@ -50,7 +53,12 @@ class LiveBlock:
         self._moved = moved
         self._short = {name: short for short, name in model.parameters(index).items()}
         self._changed: set[str] = set()
+        self._settled: set[str] = set()
         self._kept: dict[str, Any] = {}
+        self._floats_moved = False
+        self._dense = {linear.name for linear in self.linears if linear.expert is None}
+        self._parts = parts_of(module, f"{model.architecture.block_path}.{index}", self.linears)
+        self._replay = Replay(self._parts, room)
 
     @property
     def batches(self) -> int:
@@ -67,6 +75,11 @@ class LiveBlock:
         place = self._model.places[linear.name]
         self._change(place.parameter, place.of, values, linear.name)
 
+    def settle(self, linear: Linear, values: Float32) -> None:
+        """`assign`, for good: what these weights make need be computed only once."""
+        self.assign(linear, values)
+        self._settled.add(linear.name)
+
     def assign_carried(self, carried: Carried, values: Float32) -> None:
         """Give a norm or bias other values (length,). Raises AnyQuantError when the length is another."""
         stop = carried.start + carried.length
@@ -77,16 +90,21 @@ class LiveBlock:
         """The weights of now count as the float ones from here on: after a transform that preserves the function."""
         for name in self._changed:
             self._kept[name] = self._parameter(name).clone()
+        self._settled.clear()
+        self._replay.clear()
 
-    def observe(self, needs: frozenset[str], linears: Sequence[Linear] | None = None) -> dict[str, Moments]:
+    def observe(
+        self, needs: frozenset[str], linears: Sequence[Linear] | None = None, last: bool = False
+    ) -> dict[str, Moments]:
         """Statistics of what enters `linears` (all of the block), by input group: one pass with the weights of now.
 
         "cross" takes a second pass, of the unquantized states through the float weights; experts get there the tokens
         that the quantized states route to them. An expert that no token reached has the average of the others observed
-        with it, or, where there are none, inputs of size 1 that are not correlated. Raises BadInputError for
-        activations that are not finite.
+        with it, or, where there are none, inputs of size 1 that are not correlated. `last`: nothing else will be asked
+        of this block but to advance, so that this second pass may leave the unquantized states behind the block. Raises
+        BadInputError for activations that are not finite.
         """
-        return self._observe(needs, linears, keep=False)
+        return self._observe(needs, linears, keep=False, last=last)
 
     def advance(self, needs: frozenset[str] | None = None) -> dict[str, Moments]:
         """Push the states through the block with its weights of now, those of the float model through its float ones.
@@ -98,12 +116,13 @@ class LiveBlock:
         if needs is not None and {"cross", "residual"} & needs:
             raise AnyQuantError("cross statistics are observed before the block is advanced")
         moments = {} if needs is None else self._observe(needs, None, keep=True)
-        original = self._originals() if self._floats is not None else {}
+        floats = None if self._floats_moved else self._floats
+        original = self._originals() if floats is not None else {}
         for number, batch in enumerate(self._inputs):
             if needs is None:
-                batch.states.copy_(self._run(number))
-            if self._floats is not None:
-                self._floats[number].copy_(self._run(number, self._floats[number], original))
+                batch.states.copy_(self._now(number))
+            if floats is not None:
+                floats[number].copy_(self._float(number, original))
             if needs is None:
                 self._moved(batch.tokens)
         self.advanced = True
@@ -136,16 +155,18 @@ class LiveBlock:
         states = None if self._floats is None else self._floats[batch]
         return self._run(batch, states, self._originals())
 
-    def _observe(self, needs: frozenset[str], linears: Sequence[Linear] | None, keep: bool) -> dict[str, Moments]:
+    def _observe(
+        self, needs: frozenset[str], linears: Sequence[Linear] | None, keep: bool, last: bool = False
+    ) -> dict[str, Moments]:
         groups = first_of_groups(self.linears if linears is None else linears)
         location = f"{self._model.checkpoint.location}: block {self.index}"
-        into = writers(self.linears) if "residual" in needs and self._adds_up() else {}
+        into = writers(self.linears) if "residual" in needs and self._adds_up else {}
         sums = {
             group: Running(linear.shape[1], f"{location}, {linear.module}", needs, linear.shape[0] * (group in into))
             for group, linear in groups.items()
         }
         if {"cross", "residual"} & needs:
-            self._observe_both(groups, sums)
+            self._observe_both(groups, sums, last)
         else:
             enough = Enough(groups, keep)
             parameters = {name: self._parameter(name) for name in self._short}
@@ -155,24 +176,26 @@ class LiveBlock:
                     sums[group].add(rows)
                     enough.arrived(group)
 
-            with watching(self._model, self._watched(groups), parameters, add):
+            watched = self._watched(groups)
+            with watching(self._model, watched, parameters, add):
                 for number, batch in enumerate(self._inputs):
-                    output = enough.run(partial(self._run, number))
+                    output = enough.run(partial(self._now, number, watched))
                     if keep:
                         batch.states.copy_(output)
                         self._moved(batch.tokens)
         return self._results(groups, sums)
 
-    def _observe_both(self, groups: Mapping[str, Linear], sums: Mapping[str, Running]) -> None:
+    def _observe_both(self, groups: Mapping[str, Linear], sums: Mapping[str, Running], last: bool) -> None:
         """The quantized states through the weights of now, then the float ones through the float weights."""
-        if self._floats is None:
+        if self._floats is None or self._floats_moved:
             raise AnyQuantError("cross statistics need the states of the unquantized model: Chain(both=True)")
         held: dict[str, Any] = {}
         original, routing = self._originals(), Routing(self._model, list(groups.values()))
         current = {name: self._parameter(name) for name in self._short}
         before = {name: original.get(short, current[name]) for name, short in self._short.items()}
-        stream, enough = StreamSum(self._model, self.linears), Enough(groups, False)
-
+        into = {linear.name for linear in writers(self.linears).values()}
+        stream = StreamSum([part.module for part in self._parts if part.linears & into])
+        enough, enough_float = Enough(groups, False), Enough(groups, last)
         watched = self._watched(groups)
 
         def hold(group: str, rows: Any) -> None:
@@ -185,14 +208,17 @@ class LiveBlock:
                 return
             activations, found = held.pop(group)
             sums[group].add(activations, rows, stream.now - found if sums[group].streams else None)
-            enough.arrived(group)
+            enough_float.arrived(group)
 
         for number, states in enumerate(self._floats):
             entering = stream.following(self._inputs[number].states)
             with watching(self._model, watched, current, hold), routing.recording(), entering:
-                enough.run(partial(self._run, number))
+                enough.run(partial(self._now, number, watched))
             with watching(self._model, watched, before, add), routing.repeating(), stream.following(states):
-                enough.run(partial(self._run, number, states, original))
+                output = enough_float.run(partial(self._float, number, original, watched))
+            if last and not routing:
+                states.copy_(output)
+        self._floats_moved = last and not routing
 
     def _watched(self, groups: Mapping[str, Linear]) -> dict[str, Linear]:
         """`groups`, and of experts all of the block: some may be reached by no token, but not all.
@@ -203,9 +229,10 @@ class LiveBlock:
             return dict(groups)
         return {**groups, **first_of_groups([linear for linear in self.linears if linear.expert is not None])}
 
+    @cached_property
     def _adds_up(self) -> bool:
         """Whether the block's output is its input and what its writers add, seen on the first batch."""
-        stream = StreamSum(self._model, self.linears)
+        stream = StreamSum([self._model.module.get_submodule(one.module) for one in writers(self.linears).values()])
         with stream.following(self._inputs[0].states):
             return stream.explains(self._run(0))
 
@@ -226,6 +253,20 @@ class LiveBlock:
             unrouted += [one.name for one in self.linears if one.input_group == group]
         self.unrouted = tuple(dict.fromkeys((*self.unrouted, *unrouted)))
         return {group: found[group] for group in groups}
+
+    def _now(self, number: int, watched: Mapping[str, Linear] = NO_LINEARS) -> Any:
+        """The quantized states through the weights of now."""
+        names = frozenset(linear.name for linear in watched.values())
+        shape = tuple(self._inputs[number].states.shape)
+        with self._replay.passing("now", number, shape, self._settled.__contains__, names):
+            return self._run(number)
+
+    def _float(self, number: int, original: Mapping[str, Any], watched: Mapping[str, Linear] = NO_LINEARS) -> Any:
+        """The states of the unquantized model through its weights. Experts may be made to see other tokens."""
+        names = frozenset(linear.name for linear in watched.values())
+        states = self._inputs[number].states if self._floats is None else self._floats[number]
+        with self._replay.passing("float", number, tuple(states.shape), self._dense.__contains__, names):
+            return self._run(number, states, original)
 
     def _run(self, number: int, states: Any = None, weights: Mapping[str, Any] | None = None) -> Any:
         batch = self._inputs[number]

@@ -17,6 +17,7 @@ T = TypeVar("T")
 NEEDS = frozenset({"absolute_maximum", "mean", "second_moment", "hessian", "cross", "residual"})
 SLICE = 256  # tokens converted to float64 at once
 TILE = 1024  # rows of a matrix mirrored at once
+PANEL = 256  # rows of a symmetric product computed at once
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,9 @@ class Running:
         if self._cross is not None and (unquantized is None or unquantized.shape != activations.shape):
             raise AnyQuantError(f"{self.place}: cross statistics need the unquantized activations beside these")
         with fast_products():
-            for total, other in ((self._hessian, activations), (self._cross, unquantized), (self._residual, stream)):
+            if self._hessian is not None:
+                _add_square(self._hessian, activations)
+            for total, other in ((self._cross, unquantized), (self._residual, stream)):
                 if total is not None:
                     total.addmm_(other.T, activations)
 
@@ -126,8 +129,15 @@ class Running:
         return self._torch.zeros(shape) if need in self.needs else None
 
 
+def _add_square(total: Any, rows: Any) -> None:
+    """total += rows^T rows, in and below the diagonal tiles only: a third less work."""
+    for start in range(0, len(total), PANEL):
+        stop = start + PANEL
+        total[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop])
+
+
 def _symmetrise(matrix: Any) -> None:
-    """Copy the lower triangle of a square torch matrix over the upper one, tile by tile: products may round apart."""
+    """Copy the lower triangle of a square torch matrix over the upper one, tile by tile."""
     for start in range(0, len(matrix), TILE):
         stop = start + TILE
         matrix[start:stop, stop:] = matrix[stop:, start:stop].T

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from anyquant.calibrate.replay import first_of
 from anyquant.core.linear import Linear, Role
-from anyquant.models.streaming import StreamedModel
 
 WRITERS = frozenset({Role.ATTN_OUTPUT, Role.FFN_DOWN})
 TOLERANCE = 1e-4  # relative: whether a block's output is its input and the outputs of the writers
@@ -24,10 +24,13 @@ def writers(linears: Sequence[Linear]) -> dict[str, Linear]:
 
 
 class StreamSum:
-    """While `following`, `now` is the residual stream (tokens, hidden): the input and the writers' outputs so far."""
+    """While `following`, `now` is the residual stream (tokens, hidden): the input and what `modules` put out so far.
 
-    def __init__(self, model: StreamedModel, linears: Sequence[Linear]) -> None:
-        self._modules = [model.module.get_submodule(linear.module) for linear in writers(linears).values()]
+    These are the writers, or the parts of the block that they are in, where these put out what their writers do.
+    """
+
+    def __init__(self, modules: Sequence[Any]) -> None:
+        self._modules = modules
         self.now: Any = None
 
     @contextmanager
@@ -36,7 +39,7 @@ class StreamSum:
         self.now = states.reshape(-1, states.shape[-1])
 
         def add(module: Any, arguments: Any, output: Any) -> None:
-            self.now = self.now + output.detach().reshape(self.now.shape)
+            self.now = self.now + first_of(output).detach().reshape(self.now.shape)
 
         with ExitStack() as stack:
             for module in self._modules:

@@ -110,6 +110,10 @@ class Routing:
         self._modules = [model.module.get_submodule(path) for path in paths]
         self._seen: list[list[Arguments]] = [[] for _ in paths]
 
+    def __bool__(self) -> bool:
+        """Whether there are experts."""
+        return bool(self._modules)
+
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Remember all arguments of the experts' modules but the activations."""

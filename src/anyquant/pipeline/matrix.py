@@ -106,7 +106,7 @@ class Matrices:
         moments: dict[str, Moments] = {}
         *steps, tuned = self._steps(live.linears)
         for linears in steps:
-            found = live.observe(self._needed(linears), linears)
+            found = live.observe(self._needed(linears), linears, last=linears is steps[-1] and not tuned)
             for linear in linears:
                 entries[linear.name] = self._one(linear, live, found[linear.input_group])
             moments |= {group: _without_matrices(one, moments.get(group)) for group, one in found.items()}
@@ -161,7 +161,7 @@ class Matrices:
             self._say(linear, pruned(self._decision(linear), self._task(linear, weights, moments)))
         else:
             self._quantize(linear, weights, moments, key)
-        live.assign(linear, self._work.entry(key).load().decode())
+        live.settle(linear, self._work.entry(key).load().decode())
         return key
 
     def quantize_edge(self, linear: Linear, moments: Moments | None) -> str:
