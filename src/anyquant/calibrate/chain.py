@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from anyquant.calibrate import states as storage
 from anyquant.calibrate.live import LiveBlock
@@ -14,6 +13,8 @@ from anyquant.core.errors import AnyQuantError, UsageError
 from anyquant.core.progress import Progress, Silent
 from anyquant.models.batches import Batch, group_documents
 from anyquant.models.streaming import StreamedModel
+
+KEPT_BYTES = 1 << 29  # of what is kept inside a block between passes
 
 
 class Chain:
@@ -45,34 +46,27 @@ class Chain:
         self._progress = progress or Silent()
         self.batches: list[Batch] = []
         self._chains: list[States] = []
-        self._spare: list[States] = []
-        self._scratch: Path | None = None
+        self._room = KEPT_BYTES if memory is None else min(KEPT_BYTES, memory)
         tokens = sum(map(len, kept))
         self._progress.start("calibrate", float(tokens), "tokens")
         for batch in model.embed_each(kept):
             if not self._chains:
                 hidden = int(batch.states.shape[-1])
-                size = 4 * tokens * hidden * (4 if both else 2)  # with what is kept inside a block between passes
-                self._scratch = scratch if memory is not None and size > memory else None
-                self._chains = self._allocate(kept, hidden, both)
+                size = 4 * tokens * hidden * (2 if both else 1)
+                self._chains = self._allocate(
+                    kept, hidden, both, scratch if memory is not None and size > memory else None
+                )
             for chain in self._chains:
                 chain.views[len(self.batches)].copy_(batch.states)
             batch.states = self._chains[0].views[len(self.batches)]
             self.batches.append(batch)
 
-    def _allocate(self, documents: Sequence[Sequence[int]], hidden: int, both: bool) -> list[States]:
+    def _allocate(
+        self, documents: Sequence[Sequence[int]], hidden: int, both: bool, scratch: Path | None
+    ) -> list[States]:
         groups = group_documents(documents, self.model.batch_tokens)
         shapes = [(len(group), len(documents[group[0]]), hidden) for group in groups]
-        return [States(shapes, self._scratch) for _ in range(2 if both else 1)]
-
-    def _rooms(self) -> Iterator[Sequence[Any]]:
-        """Tensors like the states, for one use after the other inside a block; the next block uses the same."""
-        number = 0
-        while True:
-            if number == len(self._spare):
-                self._spare.append(States([tuple(batch.states.shape) for batch in self.batches], self._scratch))
-            yield self._spare[number].views
-            number += 1
+        return [States(shapes, scratch) for _ in range(2 if both else 1)]
 
     @contextmanager
     def block(self, index: int) -> Iterator[LiveBlock]:
@@ -83,11 +77,11 @@ class Chain:
         self._expect(index)
         floats = self._chains[1].views if len(self._chains) > 1 else None
         with self.model.block(index) as module:
-            rooms = self._rooms()
-            live = LiveBlock(self.model, index, module, (self.batches, floats), self._moved, lambda: next(rooms))
+            live = LiveBlock(self.model, index, module, (self.batches, floats), self._moved, self._room)
             try:
                 yield live
             finally:
+                live.close()
                 self.unrouted += live.unrouted
                 self.index += live.advanced
 

@@ -18,16 +18,14 @@ from anyquant.core.linear import Carried, Linear
 from anyquant.models.batches import Batch
 from anyquant.models.streaming import StreamedModel
 
-NO_LINEARS: Mapping[str, Linear] = {}
-
 
 class LiveBlock:
     """Block `index` with its weights, float at first; `Chain.block` makes it.
 
     `module` is its torch module, `linears` are its Linears, in order. `inputs` are the states that enter it through the
     quantized blocks, `floats` those of the unquantized model, or None. `unrouted` are the Linears, experts, whose
-    statistics had to be assumed. `moved` is called with a number of tokens when they have passed the block; `room()`
-    gives tensors like the states, in which outputs inside the block are kept between passes.
+    statistics had to be assumed. `moved` is called with a number of tokens when they have passed the block. At most
+    `room` bytes of what is computed inside the block are kept from one pass to the next.
 
     The weights that the block began with are kept beside assigned ones where there are `floats`; else they are read
     again when they are asked for.
@@ -40,7 +38,7 @@ class LiveBlock:
         module: Any,
         states: tuple[Sequence[Batch], Sequence[Any] | None],
         moved: Callable[[int], None],
-        room: Callable[[], Sequence[Any]],
+        room: int = 0,
     ) -> None:
         self.index = index
         self.module = module
@@ -57,8 +55,7 @@ class LiveBlock:
         self._kept: dict[str, Any] = {}
         self._floats_moved = False
         self._dense = {linear.name for linear in self.linears if linear.expert is None}
-        self._parts = parts_of(module, f"{model.architecture.block_path}.{index}", self.linears)
-        self._replay = Replay(self._parts, room)
+        self._replay = Replay(parts_of(module, f"{model.architecture.block_path}.{index}", self.linears), room)
 
     @property
     def batches(self) -> int:
@@ -120,13 +117,17 @@ class LiveBlock:
         original = self._originals() if floats is not None else {}
         for number, batch in enumerate(self._inputs):
             if needs is None:
-                batch.states.copy_(self._now(number))
+                batch.states.copy_(self._now(number, {}, False))
             if floats is not None:
-                floats[number].copy_(self._float(number, original))
+                floats[number].copy_(self._float(number, original, {}, False))
             if needs is None:
                 self._moved(batch.tokens)
         self.advanced = True
         return moments
+
+    def close(self) -> None:
+        """Let go of what was kept between passes."""
+        self._replay.clear()
 
     def call(self, batch: int, weights: Mapping[str, Any]) -> Any:
         """Output states (documents, length, hidden) when the Linears named in `weights` have these weights.
@@ -160,7 +161,8 @@ class LiveBlock:
     ) -> dict[str, Moments]:
         groups = first_of_groups(self.linears if linears is None else linears)
         location = f"{self._model.checkpoint.location}: block {self.index}"
-        into = writers(self.linears) if "residual" in needs and self._adds_up else {}
+        several = len(groups) < len(first_of_groups(self.linears))  # then it pays to know what passes have in common
+        into = writers(self.linears) if ("residual" in needs or several) and self._adds_up else {}
         sums = {
             group: Running(linear.shape[1], f"{location}, {linear.module}", needs, linear.shape[0] * (group in into))
             for group, linear in groups.items()
@@ -179,7 +181,7 @@ class LiveBlock:
             watched = self._watched(groups)
             with watching(self._model, watched, parameters, add):
                 for number, batch in enumerate(self._inputs):
-                    output = enough.run(partial(self._now, number, watched))
+                    output = enough.run(partial(self._now, number, watched, not keep))
                     if keep:
                         batch.states.copy_(output)
                         self._moved(batch.tokens)
@@ -194,7 +196,7 @@ class LiveBlock:
         current = {name: self._parameter(name) for name in self._short}
         before = {name: original.get(short, current[name]) for name, short in self._short.items()}
         into = {linear.name for linear in writers(self.linears).values()}
-        stream = StreamSum([part.module for part in self._parts if part.linears & into])
+        stream = StreamSum([part.module for part in self._replay.parts if part.linears & into])
         enough, enough_float = Enough(groups, False), Enough(groups, last)
         watched = self._watched(groups)
 
@@ -213,9 +215,9 @@ class LiveBlock:
         for number, states in enumerate(self._floats):
             entering = stream.following(self._inputs[number].states)
             with watching(self._model, watched, current, hold), routing.recording(), entering:
-                enough.run(partial(self._now, number, watched))
+                enough.run(partial(self._now, number, watched, True))
             with watching(self._model, watched, before, add), routing.repeating(), stream.following(states):
-                output = enough_float.run(partial(self._float, number, original, watched))
+                output = enough_float.run(partial(self._float, number, original, watched, not last))
             if last and not routing:
                 states.copy_(output)
         self._floats_moved = last and not routing
@@ -232,8 +234,9 @@ class LiveBlock:
     @cached_property
     def _adds_up(self) -> bool:
         """Whether the block's output is its input and what its writers add, seen on the first batch."""
-        stream = StreamSum([self._model.module.get_submodule(one.module) for one in writers(self.linears).values()])
-        with stream.following(self._inputs[0].states):
+        into = [(one.name, self._model.module.get_submodule(one.module)) for one in writers(self.linears).values()]
+        stream = StreamSum([module for _, module in into])
+        with stream.following(self._inputs[0].states), self._replay.learning(into):
             return stream.explains(self._run(0))
 
     def _results(self, groups: Mapping[str, Linear], sums: Mapping[str, Running]) -> dict[str, Moments]:
@@ -254,18 +257,15 @@ class LiveBlock:
         self.unrouted = tuple(dict.fromkeys((*self.unrouted, *unrouted)))
         return {group: found[group] for group in groups}
 
-    def _now(self, number: int, watched: Mapping[str, Linear] = NO_LINEARS) -> Any:
-        """The quantized states through the weights of now."""
-        names = frozenset(linear.name for linear in watched.values())
-        shape = tuple(self._inputs[number].states.shape)
-        with self._replay.passing("now", number, shape, self._settled.__contains__, names):
+    def _now(self, number: int, watched: Mapping[str, Linear], keep: bool) -> Any:
+        """The quantized states through the weights of now; `keep` what a later pass can use."""
+        with self._replay.passing(("now", number), self._settled.__contains__, _names(watched), keep):
             return self._run(number)
 
-    def _float(self, number: int, original: Mapping[str, Any], watched: Mapping[str, Linear] = NO_LINEARS) -> Any:
+    def _float(self, number: int, original: Mapping[str, Any], watched: Mapping[str, Linear], keep: bool) -> Any:
         """The states of the unquantized model through its weights. Experts may be made to see other tokens."""
-        names = frozenset(linear.name for linear in watched.values())
-        states = self._inputs[number].states if self._floats is None else self._floats[number]
-        with self._replay.passing("float", number, tuple(states.shape), self._dense.__contains__, names):
+        states = None if self._floats is None else self._floats[number]
+        with self._replay.passing(("float", number), self._dense.__contains__, _names(watched), keep):
             return self._run(number, states, original)
 
     def _run(self, number: int, states: Any = None, weights: Mapping[str, Any] | None = None) -> Any:
@@ -300,3 +300,7 @@ class LiveBlock:
         """Values before the changes, by names below the block, of the parameters that have been changed."""
         self._keep_all(self._changed)
         return {self._short[name]: self._kept[name] for name in self._changed}
+
+
+def _names(linears: Mapping[str, Linear]) -> frozenset[str]:
+    return frozenset(linear.name for linear in linears.values())

@@ -1,24 +1,40 @@
-"""Outputs of those parts of a block that are final already, so that later passes through it need not compute them.
+"""What stays the same from one pass through a block to the next is kept, so that it is computed once.
 
-A block is passed once for each input that is observed; its attention, once quantized, gives the same output each time.
+A block is passed again for each input that is observed. Its attention, say, is a part of it: once the matrices there
+are final, its output is; and before, once all but the last matrix are, what enters that one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from anyquant.core.linear import Linear
 
+Pass = tuple[str, int]  # whose states (the float model's, the quantized one's), number of the batch
+
 
 @dataclass
 class Part:
-    """A child `module` of the block and the names of the `linears` in it."""
+    """A child `module` of a block and the names of the `linears` in it.
+
+    `last` is the name and the module of the one that adds to the residual stream, if it is known that the part puts
+    out what this one does, and `rest` what it returns beside.
+    """
 
     module: Any
     linears: frozenset[str]
-    outputs: dict[str, list[Any]] = field(default_factory=dict)  # by path, for each batch: room for the output
-    rests: dict[tuple[str, int], tuple[Any, ...] | None] = field(default_factory=dict)  # what was recorded: beside it
+    last: tuple[str, Any] | None = None
+    rest: tuple[Any, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The output of a part with what is returned `beside` it (None: it is no tuple), or what enters its last Linear."""
+
+    states: Any
+    is_output: bool
+    beside: tuple[Any, ...] | None = None
 
 
 def parts_of(block: Any, path: str, linears: Sequence[Linear]) -> list[Part]:
@@ -31,76 +47,132 @@ def parts_of(block: Any, path: str, linears: Sequence[Linear]) -> list[Part]:
 
 
 class Replay:
-    """Records outputs of `parts`, of every path (the float model's, the quantized one's) and batch on its own.
+    """Keeps states of `parts` of a block while they take at most `room` bytes; the others are computed again.
 
-    `room()` gives tensors, one for each batch, that outputs can be kept in; those of another shape are not kept.
-    What the last part puts out need not be.
+    What the last part puts out is not kept, as nothing comes behind it.
     """
 
-    def __init__(self, parts: Sequence[Part], room: Callable[[], Sequence[Any]]) -> None:
+    def __init__(self, parts: Sequence[Part], room: int) -> None:
         self.parts = parts
         self._room = room
+        self._kept: dict[tuple[Pass, int], Kept] = {}
 
     def clear(self) -> None:
-        """Forget all outputs: weights that were final have changed after all."""
-        for part in self.parts:
-            part.rests.clear()
+        """Forget all: weights that were final have changed."""
+        for key in list(self._kept):
+            self._drop(key)
 
     @contextmanager
-    def passing(
-        self, path: str, batch: int, shape: tuple[int, ...], final: Callable[[str], bool], watched: frozenset[str]
-    ) -> Iterator[None]:
-        """For one pass of a batch, whose states have the `shape`: final parts that were run before are not run again.
-
-        A part is final when its Linears are, and all in parts before it. One with a Linear that is `watched`, whose
-        inputs are to be seen, is run.
-        """
+    def learning(self, writers: Sequence[tuple[str, Any]]) -> Iterator[None]:
+        """For one whole pass: see which parts put out what one of the `writers`, names and modules, in them does."""
+        seen: dict[str, Any] = {}
         undone: list[Callable[[], None]] = []
-        moving = False  # whether a part before was not final: what enters the next is not either
 
-        def observe(part: Part) -> None:
-            def enter(*_: Any) -> None:
-                nonlocal moving
-                moving = moving or not all(map(final, part.linears))
+        def leave_writer(name: str) -> Callable[..., None]:
+            return lambda module, arguments, output: seen.update({name: output})
 
-            def leave(module: Any, arguments: Any, output: Any) -> None:
-                if not moving and part is not self.parts[-1] and first_of(output).shape == shape:
-                    self._keep(part, path, batch, output)
+        def leave(part: Part, name: str, writer: Any) -> Callable[..., None]:
+            def compare(module: Any, arguments: Any, output: Any) -> None:
+                states, beside = split(output)
+                if name in seen and seen[name].shape == states.shape and bool((seen[name] == states).all()):
+                    part.last, part.rest = ((name, writer), beside) if _plain(beside) else (None, None)
 
-            undone.append(part.module.register_forward_pre_hook(enter).remove)
-            undone.append(part.module.register_forward_hook(leave).remove)
+            return compare
 
+        for name, writer in writers:
+            for part in (part for part in self.parts if name in part.linears and part.module is not writer):
+                undone.append(writer.register_forward_hook(leave_writer(name)).remove)
+                undone.append(part.module.register_forward_hook(leave(part, name, writer)).remove)
         try:
-            for part in self.parts:
-                if (path, batch) in part.rests and not part.linears & watched:
-                    part.module.forward = _again(part.outputs[path][batch], part.rests[path, batch])
-                    undone.append(lambda part=part: vars(part.module).pop("forward", None))  # type: ignore[misc]
-                else:
-                    observe(part)
             yield
         finally:
             for undo in undone:
                 undo()
 
-    def _keep(self, part: Part, path: str, batch: int, output: Any) -> None:
-        first, *rest = output if isinstance(output, tuple) else (output,)
-        if any(value is not None for value in rest):
+    @contextmanager
+    def passing(
+        self, through: Pass, final: Callable[[str], bool], watched: frozenset[str], keep: bool
+    ) -> Iterator[None]:
+        """For one pass of a batch: what was kept is not computed again, and with `keep`, what is final now is kept.
+
+        A part is final when its Linears are, and those of all parts before it. One with a Linear that is `watched`,
+        whose inputs are to be seen, is computed.
+        """
+        undone: list[Callable[[], None]] = []
+        moving: list[Part] = []  # parts before whose output is not final
+
+        def follow(number: int, part: Part) -> None:
+            key = (through, number)
+
+            def leave(module: Any, arguments: Any, output: Any) -> None:
+                states, beside = split(output)
+                if not all(map(final, part.linears)):
+                    moving.append(part)
+                elif keep and not moving and part is not self.parts[-1] and _plain(beside):
+                    self._keep(key, Kept(states, True, beside))
+
+            undone.append(part.module.register_forward_hook(leave).remove)
+            if part.last is None or not keep or key in self._kept:
+                return
+            name, last = part.last
+
+            def enter_last(module: Any, arguments: Any) -> None:
+                if arguments and not moving and all(map(final, part.linears - {name})):
+                    self._keep(key, Kept(arguments[0], False))
+
+            undone.append(last.register_forward_pre_hook(enter_last, prepend=True).remove)
+
+        try:
+            for number, part in enumerate(self.parts):
+                kept = self._kept.get((through, number))
+                if kept is not None and not part.linears & watched:
+                    part.module.forward = _again(part, kept)
+                    undone.append(lambda part=part: vars(part.module).pop("forward", None))  # type: ignore[misc]
+                    if kept.is_output:
+                        continue
+                follow(number, part)
+            yield
+        finally:
+            for undo in undone:
+                undo()
+
+    def _keep(self, key: tuple[Pass, int], kept: Kept) -> None:
+        before = self._kept.get(key)
+        free = self._room + (_bytes(before) if before else 0)
+        if (before and before.is_output) or _bytes(kept) > free:
             return
-        if path not in part.outputs:
-            part.outputs[path] = list(self._room())
-        part.outputs[path][batch].copy_(first)
-        part.rests[path, batch] = tuple(rest) if isinstance(output, tuple) else None
+        self._drop(key)
+        self._room -= _bytes(kept)
+        self._kept[key] = Kept(kept.states.detach().clone(), kept.is_output, kept.beside)
+
+    def _drop(self, key: tuple[Pass, int]) -> None:
+        if key in self._kept:
+            self._room += _bytes(self._kept.pop(key))
 
 
-def _again(kept: Any, rest: tuple[Any, ...] | None) -> Callable[..., Any]:
-    """A forward that returns the output as it was; a copy, as the block may go on in place."""
+def split(output: Any) -> tuple[Any, tuple[Any, ...] | None]:
+    """The states in what a module returned, and what is beside them; None where it returned nothing but these."""
+    return (output[0], tuple(output[1:])) if isinstance(output, tuple) else (output, None)
+
+
+def _plain(beside: tuple[Any, ...] | None) -> bool:
+    """Whether nothing is returned beside the states that would have to be kept, too."""
+    return beside is None or all(value is None for value in beside)
+
+
+def _bytes(kept: Kept) -> int:
+    return int(kept.states.nbytes)
+
+
+def _again(part: Part, kept: Kept) -> Callable[..., Any]:
+    """A forward for the part. An output is copied, as the block may go on in place."""
 
     def forward(*_: Any, **__: Any) -> Any:
-        return kept.clone() if rest is None else (kept.clone(), *rest)
+        if kept.is_output:
+            states, beside = kept.states.clone(), kept.beside
+        else:
+            assert part.last is not None  # noqa: S101
+            states, beside = part.last[1](kept.states), part.rest
+        return states if beside is None else (states, *beside)
 
     return forward
-
-
-def first_of(output: Any) -> Any:
-    """The states in what a module returned."""
-    return output[0] if isinstance(output, tuple) else output

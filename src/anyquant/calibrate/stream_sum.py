@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from anyquant.calibrate.replay import first_of
+from anyquant.calibrate.replay import split
 from anyquant.core.linear import Linear, Role
 
 WRITERS = frozenset({Role.ATTN_OUTPUT, Role.FFN_DOWN})
@@ -39,7 +39,7 @@ class StreamSum:
         self.now = states.reshape(-1, states.shape[-1])
 
         def add(module: Any, arguments: Any, output: Any) -> None:
-            self.now = self.now + first_of(output).detach().reshape(self.now.shape)
+            self.now = self.now + split(output)[0].detach().reshape(self.now.shape)
 
         with ExitStack() as stack:
             for module in self._modules:
