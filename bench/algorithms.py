@@ -23,6 +23,7 @@ import numpy as np
 
 from anyquant import api
 from anyquant.calibrate.text import Document
+from anyquant.core.arithmetic import DTYPES
 from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.dtypes import Float32
 from anyquant.core.progress import Silent
@@ -34,7 +35,7 @@ from anyquant.pipeline.measure import ReferenceLogits, compare
 from anyquant.pipeline.planner import make_job
 from anyquant.pipeline.prepare import prepare
 from anyquant.pipeline.quantized import Quantized, Quantizer
-from anyquant.pipeline.recipe import Recipe
+from anyquant.pipeline.recipe import Calibration, Recipe
 from anyquant.pipeline.staged import Room
 from anyquant.pipeline.texts import source_tokenizer
 from anyquant.runtimes.transformers import DecodedCheckpoint, TransformersRuntime
@@ -51,16 +52,17 @@ class Bench:
     calibrate: Sequence[Document]
     references: Mapping[str, ReferenceLogits]
     folder: Path
+    dtype: str
 
     def measure(self, chain: str, grid: str, options: Mapping[str, Any]) -> dict[str, Any]:
         """One line of the table."""
-        recipe = Recipe(grid=grid, algorithm=chain, options=options)
+        recipe = Recipe(grid=grid, algorithm=chain, options=options, calibration=Calibration(dtype=self.dtype))
         job = make_job(prepare(self.checkpoint, recipe), rules("state"), recipe, True)
         began, cpu = time.monotonic(), time.process_time()
         with Quantizer(self.calibrate, Room(None, self.folder / "out"), {}, Silent()) as quantizer:
             quantized = quantizer.quantized(job)
             weights = decoded(quantized)
-            line: dict[str, Any] = {"grid": grid, "algorithm": chain, "options": dict(options)}
+            line: dict[str, Any] = {"grid": grid, "algorithm": chain, "options": dict(options), "dtype": self.dtype}
             line["seconds"] = round(time.monotonic() - began, 1)
             line["cpu_seconds"] = round(time.process_time() - cpu, 1)
             for name, reference in self.references.items():
@@ -107,6 +109,7 @@ def main() -> None:
     parser.add_argument("--grids", default=GRIDS)
     parser.add_argument("--algorithms", default=ALGORITHMS, help="chains, separated by ;")
     parser.add_argument("--option", action="append", default=[], help="NAME=VALUE as TOML, for every chain")
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of the blocks while calibrating")
     parser.add_argument("--shape", default="128x256", help="windows x tokens of calibration")
     parser.add_argument("--out", type=Path, help="file to which the lines are appended")
     given = parser.parse_args()
@@ -122,7 +125,7 @@ def main() -> None:
         folder = Path(temporary)
         runtime = TransformersRuntime(checkpoint, detect(checkpoint))
         references = {name: ReferenceLogits(runtime, part, folder, Silent()) for name, part in texts.items()}
-        bench = Bench(checkpoint, windows(ids, length, count), references, folder)
+        bench = Bench(checkpoint, windows(ids, length, count), references, folder, given.dtype)
         for grid in given.grids.split(","):
             for chain in given.algorithms.split(";"):
                 line = json.dumps(bench.measure(chain.strip(), grid, options_of(given.option)))

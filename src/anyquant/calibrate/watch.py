@@ -18,8 +18,8 @@ Arguments = tuple[Any, ...]
 
 
 def rows_of(activations: Any) -> Any:
-    """(..., in) as a matrix (tokens, in)."""
-    return activations.detach().reshape(-1, activations.shape[-1])
+    """(..., in) as a matrix (tokens, in), float32."""
+    return activations.detach().reshape(-1, activations.shape[-1]).float()
 
 
 def first_of_groups(linears: Sequence[Linear]) -> dict[str, Linear]:

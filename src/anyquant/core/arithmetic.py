@@ -2,8 +2,20 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from anyquant.core.extras import require
+
+DTYPES = ("float32", "bfloat16")  # what the blocks of a model may compute in while it is calibrated
+
+
+def products_in(dtype: str) -> Any:
+    """While active, torch rounds the factors and results of products to `dtype`, one of DTYPES.
+
+    Norms and sums, and so the residual stream, stay float32.
+    """
+    torch = require("torch")
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 @contextmanager

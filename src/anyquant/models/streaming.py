@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from anyquant.core.arithmetic import DTYPES, products_in
 from anyquant.core.checkpoint import Checkpoint, read_rows, read_tensor, read_view
 from anyquant.core.dtypes import Float32
 from anyquant.core.errors import BadInputError, UnsupportedError, UsageError
@@ -24,6 +25,7 @@ from anyquant.models.building import build_structure, stored_names
 from anyquant.models.placement import find_places
 
 BATCH_TOKENS = 2048  # tokens that go through a block at once: enough for full speed, little memory
+GAP = 16  # rows of the embedding that are read in vain to save opening the file again
 LOGIT_ELEMENTS = 1 << 25  # elements of the largest (tokens, vocabulary) matrix: 128 MiB
 
 
@@ -33,7 +35,7 @@ class StreamedModel:
     Memory: the float32 weights of one block (or of the head), the norms, and the hidden states of all batches.
     `module` is the `transformers` model, `places` tells where in its parameters the Linears of the blocks lie (by
     name), `stored` what the checkpoint calls the parameters that it stores on their own. `config` replaces the
-    checkpoint's own where its files hold none.
+    checkpoint's own where its files hold none. `dtype` is one of DTYPES.
     Raises BadInputError when a parameter of the model is missing from the checkpoint or has another shape.
     """
 
@@ -43,6 +45,7 @@ class StreamedModel:
         architecture: Architecture,
         config: Mapping[str, Any] | None = None,
         batch_tokens: int = BATCH_TOKENS,
+        dtype: str = DTYPES[0],
     ) -> None:
         self.checkpoint = checkpoint
         self.architecture = architecture
@@ -50,6 +53,7 @@ class StreamedModel:
         settings = checkpoint.config if config is None else config
         self.module = build_structure(settings, checkpoint.location, len(checkpoint.names()))
         self._torch = require("torch")
+        self._dtype = dtype
         self._layers = self._find_blocks()
         self._embedding = self._path_of(self.module.get_input_embeddings()) + ".weight"
         head = self.module.get_output_embeddings()
@@ -121,8 +125,9 @@ class StreamedModel:
         `weights` replaces parameters by their names below the block; gradients flow to them where they are enabled.
         """
         arguments, keywords = batch.calls[index]
-        output = self._torch.func.functional_call(block, dict(weights or {}), (states, *arguments), dict(keywords))
-        return output[0] if isinstance(output, tuple) else output
+        with products_in(self._dtype):
+            output = self._torch.func.functional_call(block, dict(weights or {}), (states, *arguments), dict(keywords))
+        return (output[0] if isinstance(output, tuple) else output).float()
 
     def parameters(self, index: int) -> dict[str, str]:
         """Names of the parameters of block `index`: below the block -> in the model."""
@@ -283,9 +288,10 @@ class StreamedModel:
 
     def _embedding_rows(self, used: np.ndarray[Any, np.dtype[np.int64]]) -> Float32:
         source = self._source_of_embedding
-        starts = np.flatnonzero(np.diff(used, prepend=used[0] - 2) != 1)
-        runs = zip(used[starts], used[np.append(starts[1:], len(used)) - 1], strict=True)
-        return np.concatenate([read_rows(self.checkpoint, source, int(first), int(last) + 1) for first, last in runs])
+        runs = np.split(used, np.flatnonzero(np.diff(used) > GAP) + 1)
+        return np.concatenate(
+            [read_rows(self.checkpoint, source, int(run[0]), int(run[-1]) + 1)[run - run[0]] for run in runs]
+        )
 
     @contextmanager
     def _intercept(self, answer: Callable[[int, Any, tuple[Any, ...], Mapping[str, Any]], Any]) -> Iterator[None]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from anyquant.calibrate.sources import FIELD, LEAST_CONTEXT, require_source
+from anyquant.core.arithmetic import DTYPES
 from anyquant.core.errors import BadInputError, UsageError
 from anyquant.core.linear import Linear, Role
 from anyquant.core.registry import suggest
@@ -55,6 +56,7 @@ class Calibration:
     """`data_free` turns statistics off. `tokens` bounds the calibration text, `context` is the window length.
 
     `text` is a path or the name of a data set (see `calibrate.sources`), `field` the one of its records that counts.
+    `dtype` is what the blocks compute in meanwhile (see `core.arithmetic`).
     `imatrix` is a llama.cpp importance file to use instead of collecting statistics; `keep_imatrix` puts what was
     collected into the output as such a file.
     """
@@ -66,6 +68,7 @@ class Calibration:
     imatrix: str | None = None
     keep_imatrix: bool = False
     field: str = FIELD
+    dtype: str = DTYPES[0]
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ def _rule(table: Any, index: int) -> Rule:
 
 def _calibration(table: Mapping[str, Any]) -> Calibration:
     where = "calibration"
-    _known(table, {"data_free", "text", "field", "tokens", "context", "imatrix", "keep_imatrix"}, where)
+    _known(table, {"data_free", "text", "field", "tokens", "context", "imatrix", "keep_imatrix", "dtype"}, where)
     default = Calibration()
     tokens, context = _typed(table, "tokens", int, where), _typed(table, "context", int, where)
     for key, value, least in (("tokens", tokens, LEAST_TOKENS), ("context", context, LEAST_CONTEXT)):
@@ -158,6 +161,9 @@ def _calibration(table: Mapping[str, Any]) -> Calibration:
             raise UsageError(f"{where}: {key} is {value}, expected at least {least}")
     if table.get("data_free") and table.get("imatrix") is not None:
         raise UsageError(f"{where}: data_free and imatrix exclude each other")
+    dtype = _typed(table, "dtype", str, where) or default.dtype
+    if dtype not in DTYPES:
+        raise UsageError(f"{where}: dtype is {dtype!r}, expected {' or '.join(DTYPES)}")
     return Calibration(
         data_free=bool(_typed(table, "data_free", bool, where)),
         text=_typed(table, "text", str, where),
@@ -166,6 +172,7 @@ def _calibration(table: Mapping[str, Any]) -> Calibration:
         imatrix=_typed(table, "imatrix", str, where),
         keep_imatrix=bool(_typed(table, "keep_imatrix", bool, where)),
         field=_typed(table, "field", str, where) or default.field,
+        dtype=dtype,
     )
 
 
@@ -242,6 +249,8 @@ def canonical(recipe: Recipe) -> Recipe:
     if calibration.keep_imatrix and (calibration.data_free or calibration.imatrix is not None):
         other = "--data-free" if calibration.data_free else "--imatrix"
         raise UsageError(f"--keep-imatrix keeps what is collected, and with {other} nothing is; leave out one of them")
+    if calibration.dtype != Calibration().dtype and (calibration.data_free or calibration.imatrix is not None):
+        raise UsageError("--calibration-dtype says how to calibrate, and here nothing is calibrated; leave it out")
     if calibration.text is not None:
         require_source(calibration.text)
     if calibration.imatrix is not None and not Path(calibration.imatrix).exists():

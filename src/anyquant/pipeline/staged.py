@@ -75,7 +75,7 @@ class Stages:
         decisions = list(job.plan.decisions.values())
         tuned = any(ALGORITHMS.get(decision.algorithm).tune is not None for decision in decisions)
         both = tuned or "cross" in statistics_needed(decisions)
-        self.model = StreamedModel(job.checkpoint, job.architecture)
+        self.model = StreamedModel(job.checkpoint, job.architecture, dtype=job.recipe.calibration.dtype)
         tokens = [document.tokens for document in documents]
         self.outputs = self._gradients(tokens) if output_needed(decisions) else None
         self.chain = Chain(self.model, tokens, both, work.folder, room.memory, progress)

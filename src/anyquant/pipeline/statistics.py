@@ -31,7 +31,8 @@ def gather(
 ) -> Statistics:
     """Statistics for every Linear with an input. Raises BadInputError when an importance file does not fit."""
     if calibration.imatrix is None:
-        return collect(checkpoint, architecture, [document.tokens for document in documents], progress)
+        tokens = [document.tokens for document in documents]
+        return collect(checkpoint, architecture, tokens, progress, calibration.dtype)
     path = Path(calibration.imatrix)
     names = FORMATS.get("gguf").part_names(architecture)
     found = read_imatrix(path, architecture.linears, names)
