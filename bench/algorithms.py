@@ -5,7 +5,8 @@
 Texts are cut into windows without special tokens: the first 128 of 256 tokens of the one calibrate, those after them
 (24 of 512) select, the first 40 of 512 tokens of the other certify. All matrices of the blocks are quantized, embedding
 and head stay as they are, and `transformers` runs the decoded weights in float32. One JSON line per pair; seconds are
-those of calibrating and quantizing. `bench/peers` does the same with other libraries.
+those of calibrating and quantizing. Without a text to certify nothing is judged. `bench/peers` does the same with other
+libraries.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+import anyquant.algorithms.kernels.columns  # noqa: F401 - so that no run pays for loading compiled code
 from anyquant import api
 from anyquant.calibrate.text import Document
 from anyquant.core.arithmetic import DTYPES
@@ -105,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--calibrate", required=True, type=Path)
-    parser.add_argument("--certify", required=True, type=Path)
+    parser.add_argument("--certify", type=Path)
     parser.add_argument("--grids", default=GRIDS)
     parser.add_argument("--algorithms", default=ALGORITHMS, help="chains, separated by ;")
     parser.add_argument("--option", action="append", default=[], help="NAME=VALUE as TOML, for every chain")
@@ -117,10 +119,10 @@ def main() -> None:
     tokenizer = source_tokenizer(checkpoint)
     ids = tokenizer.encode(given.calibrate.read_text(encoding="utf-8"))
     count, length = map(int, given.shape.split("x"))
-    texts = {
-        "select": windows(ids, 512, 24, 128 * 256),
-        "certify": windows(tokenizer.encode(given.certify.read_text(encoding="utf-8")), 512, 40),
-    }
+    texts = {}
+    if given.certify is not None:
+        held_out = tokenizer.encode(given.certify.read_text(encoding="utf-8"))
+        texts = {"select": windows(ids, 512, 24, 128 * 256), "certify": windows(held_out, 512, 40)}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         runtime = TransformersRuntime(checkpoint, detect(checkpoint))

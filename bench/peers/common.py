@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-CALIBRATION = (128, 256)
-"""Windows and tokens per window for calibration."""
+CALIBRATION = "128x256"
+"""Windows x tokens per window for calibration, unless another shape is given."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,14 @@ OTHER_BITS = {"mxfp4": 4.25, "nvfp4": 4.5, "nf4-g64": 4.25, "q4_k": 4.5, "q3_k":
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a peer: the model folder, the calibration tokens, the grid, the method, and its extra options."""
+    """One run of a peer: the model folder, the calibration tokens, the grid, the method, its extra options, the type."""
 
     model: Path
     tokens: torch.Tensor
     grid: str
     method: str
     options: dict[str, Any]
+    dtype: torch.dtype = torch.float32
 
     @property
     def integer(self) -> IntegerGrid:
@@ -78,9 +79,9 @@ def windows(model: Path, text: Path, count: int, length: int) -> torch.Tensor:
     return torch.tensor(ids[: count * length], dtype=torch.long).reshape(count, length)
 
 
-def load(model: Path) -> Any:
-    """The float model in float32, ready for inference."""
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+def load(model: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The float model, ready for inference."""
+    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
 
 
 def block_linears(model: Any) -> dict[str, torch.nn.Module]:
@@ -125,11 +126,14 @@ def main(peer: str, package: str, quantize: Callable[[Run], dict[str, torch.Tens
     parser.add_argument("--options", type=json.loads, default={}, help="a JSON object of the peer's own options")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--shape", default=CALIBRATION, help="windows x tokens of calibration")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="the model is loaded in")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    tokens = windows(arguments.model, arguments.text, *CALIBRATION)
-    run = Run(arguments.model, tokens, arguments.grid, arguments.method, arguments.options)
+    tokens = windows(arguments.model, arguments.text, *map(int, arguments.shape.split("x")))
+    dtype = getattr(torch, arguments.dtype)
+    run = Run(arguments.model, tokens, arguments.grid, arguments.method, arguments.options, dtype)
     start, start_cpu = time.perf_counter(), time.process_time()
     state = quantize(run)
     seconds, cpu = time.perf_counter() - start, time.process_time() - start_cpu
@@ -140,6 +144,7 @@ def main(peer: str, package: str, quantize: Callable[[Run], dict[str, torch.Tens
         "version": importlib.metadata.version(package),
         "method": run.method,
         "options": run.options,
+        "dtype": arguments.dtype,
         "grid": run.grid,
         "bits_per_weight": integer.bits_per_weight if integer else OTHER_BITS[run.grid],
         "seconds": round(seconds, 1),

@@ -52,7 +52,7 @@ def quantize(run: Run) -> dict[str, torch.Tensor]:
     count, length = run.tokens.shape
     if run.method not in METHODS:
         raise SystemExit(f"unknown method '{run.method}' ({', '.join(METHODS)})")
-    model = load(run.model)
+    model = load(run.model, run.dtype)
     # The K grids are mixtures by default, and round the head; a scheme given layer by layer holds as it is.
     layers = {name: scheme(run) for name in block_linears(model)} if run.grid.endswith("_k") else None
     rounding = AutoRound(

@@ -55,7 +55,7 @@ def dequantized(module: Any) -> torch.Tensor:
 
 
 def quantize(run: Run) -> dict[str, torch.Tensor]:
-    model = load(run.model)
+    model = load(run.model, run.dtype)
     count, length = run.tokens.shape
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * length} for row in run.tokens]
     oneshot(

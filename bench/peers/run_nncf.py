@@ -87,7 +87,7 @@ def linear_weights(graph: Any, names: list[str]) -> dict[str, np.ndarray]:
 def quantize(run: Run) -> dict[str, torch.Tensor]:
     if run.grid not in MODES:
         raise SystemExit(f"NNCF has no grid '{run.grid}'")
-    model = load(run.model)
+    model = load(run.model, run.dtype)
     graph = ov.convert_model(Logits(model), example_input=run.tokens[:1], input=[("input_ids", [1, -1], ov.Type.i64)])
     switches = {} if run.method == "rtn" else {SWITCHES[part]: True for part in run.method.split("+")}
     dataset = nncf.Dataset([{"input_ids": row[None].numpy()} for row in run.tokens]) if switches else None
