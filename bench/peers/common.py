@@ -49,7 +49,7 @@ OTHER_BITS = {"mxfp4": 4.25, "nvfp4": 4.5, "nf4-g64": 4.25, "q4_k": 4.5, "q3_k":
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a peer: the model folder, the calibration tokens, the grid, the method, its extra options, the type."""
+    """One run of a peer: the model folder, the calibration tokens, grid, method, extra options, type."""
 
     model: Path
     tokens: torch.Tensor

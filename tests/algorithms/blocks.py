@@ -37,6 +37,9 @@ class SmallBlock:
         with torch.no_grad():
             return self.call(batch, {name: torch.from_numpy(task.weights) for name, task in self.matrices.items()})
 
+    def worked(self, share: float) -> None:
+        return
+
 
 def small_block(grid: Grid, options: Mapping[str, Any] = EMPTY, layers: int = 2, masked: bool = False) -> SmallBlock:
     """Hidden size 128, and 128 inside; four batches of four documents of 24 tokens."""

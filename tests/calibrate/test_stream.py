@@ -104,6 +104,8 @@ def test_progress_reaches_its_total(llama: Path) -> None:
         def advance(self, amount: float) -> None:
             self.done += amount
 
+        def place(self, where: str) -> None: ...
+
         def finish(self) -> None:
             assert self.done == self.total == sum(map(len, DOCUMENTS))
 

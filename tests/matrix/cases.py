@@ -67,6 +67,9 @@ class Linear:
         with torch.no_grad():
             return self.module(self.states[batch::2])
 
+    def worked(self, share: float) -> None:
+        return
+
 
 def quantize(algorithm: str, task: Task) -> QTensor:
     """What the algorithm makes of the task; a tuner sees a block that is this matrix alone."""

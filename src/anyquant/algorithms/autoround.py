@@ -40,7 +40,7 @@ def tune(block: TunedBlock) -> Mapping[str, QTensor]:
     if not block.matrices:
         return {}
     options = _options(block.matrices)
-    states = States(block)
+    states = States(block, options["iterations"])
     found = {name: _start(task) for name, task in block.matrices.items()}
     best = states.judge(found)
     for phase in phases(options["iterations"], options["rate"]):
@@ -82,6 +82,7 @@ def learn(states: "States", start: Found, phase: Phase, sampled: Iterator[int], 
     matrices, best, iterations = states.block.matrices, start, phase.iterations
     wishes = {name: complete_options("autoround", task.options, DEFAULTS)["minmax"] for name, task in matrices.items()}
     if not phase.roundings and not any(wishes.values()):
+        states.block.worked(iterations / states.iterations)
         return start
     learned = {
         name: offsets_of(task, start.matrices[name], Learned(phase.roundings, wishes[name]))
@@ -89,6 +90,7 @@ def learn(states: "States", start: Found, phase: Phase, sampled: Iterator[int], 
     }
     for iteration in range(iterations):
         descend(learned, states.draw(sampled, documents), phase.rate * (1 - iteration / iterations), states)
+        states.block.worked(1 / states.iterations)
         if (iteration + 1) * CHECKS // iterations > iteration * CHECKS // iterations:
             found = states.judge({name: offsets.result() for name, offsets in learned.items()})
             best = found if found.beats(best) else best
@@ -97,9 +99,10 @@ def learn(states: "States", start: Found, phase: Phase, sampled: Iterator[int], 
 
 @dataclass
 class States:
-    """What leaves the block, and what should."""
+    """What leaves the block, and what should; `iterations` is their number in all phases together."""
 
     block: TunedBlock
+    iterations: int = 1
     _held: dict[int, Any] = field(default_factory=dict)
     _bytes: int = 0
 

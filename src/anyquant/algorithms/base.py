@@ -72,6 +72,10 @@ class TunedBlock(Protocol):
         """The output states that the float model has there."""
         ...
 
+    def worked(self, share: float) -> None:
+        """So much (0 to 1) of the work on this block has been done since the last call, for whoever watches."""
+        ...
+
 
 @dataclass(frozen=True)
 class Algorithm:

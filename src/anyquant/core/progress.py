@@ -12,6 +12,10 @@ class Progress(Protocol):
         """`amount` more units of the current task are done. Called from any thread."""
         ...
 
+    def place(self, where: str) -> None:
+        """Where the current task is: "block 3 of 32"."""
+        ...
+
     def finish(self) -> None:
         """The current task is done."""
         ...
@@ -28,6 +32,9 @@ class Silent:
         return
 
     def advance(self, amount: float) -> None:
+        return
+
+    def place(self, where: str) -> None:
         return
 
     def finish(self) -> None:

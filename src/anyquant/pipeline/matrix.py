@@ -17,6 +17,7 @@ from anyquant.core.dtypes import Float32
 from anyquant.core.errors import AnyQuantError
 from anyquant.core.linear import Linear
 from anyquant.core.plan import Decision
+from anyquant.core.progress import Progress
 from anyquant.core.qtensor import QTensor
 from anyquant.grids import grid as find_grid
 from anyquant.pipeline.activations import needs_maximum
@@ -27,7 +28,7 @@ from anyquant.pipeline.steps import corrected, pruned, quantized, steps_of
 from anyquant.pipeline.work import Work
 from anyquant.store.state import entry_key
 
-CODE_VERSION = "3"  # changes whenever the same input may give other codes
+CODE_VERSION = "4"  # changes whenever the same input may give other codes
 CHUNK_WEIGHTS = 1 << 24  # rows of embedding or head that are quantized at once: 64 MB of float32
 HESSIAN_BYTES = 1 << 29  # of experts that are observed in one pass
 MATRICES = frozenset({"hessian", "cross", "residual"})
@@ -61,6 +62,7 @@ class _Tuned:
 
     live: LiveBlock
     matrices: Mapping[str, Task]
+    progress: Progress
 
     @property
     def module(self) -> Any:
@@ -76,11 +78,14 @@ class _Tuned:
     def target(self, batch: int) -> Any:
         return self.live.target(batch)
 
+    def worked(self, share: float) -> None:
+        self.progress.advance(share * sum(task.weights.size for task in self.matrices.values()))
+
 
 class Matrices:
     """Quantizes the matrices of a stage. `states`: sha256 of the activations that enter it; `notes` is added to.
 
-    `outputs` are the gradients at the outputs of Linears, where they were collected.
+    `progress` counts weights. `outputs` are the gradients at the outputs of Linears, where they were collected.
     """
 
     def __init__(
@@ -90,9 +95,11 @@ class Matrices:
         work: Work,
         states: str,
         notes: list[str],
+        progress: Progress,
         outputs: OutputStatistics | None = None,
     ) -> None:
         self._job, self._checkpoint, self._work, self._states, self._notes = job, checkpoint, work, states, notes
+        self._progress = progress
         self._outputs = outputs
         self._shared = SharedParameters(job, checkpoint)
 
@@ -162,6 +169,7 @@ class Matrices:
         else:
             self._quantize(linear, weights, moments, key)
         live.settle(linear, self._work.entry(key).load().decode())
+        self._progress.advance(float(weights.size))
         return key
 
     def quantize_edge(self, linear: Linear, moments: Moments | None) -> str:
@@ -176,15 +184,16 @@ class Matrices:
                 yield read_view(self._checkpoint, linear.view, first, first + rows)
 
         key = self._key(linear, read(), moments)
-        if self._work.entries.has(key, find_grid):
-            return key
-        if decision.prune is not None or decision.correct is not None:
-            self._quantize(linear, np.concatenate(list(read())), moments, key)
+        if self._work.entries.has(key, find_grid) or decision.prune is not None or decision.correct is not None:
+            if not self._work.entries.has(key, find_grid):
+                self._quantize(linear, np.concatenate(list(read())), moments, key)
+            self._progress.advance(float(linear.shape[0] * linear.shape[1]))
             return key
         with self._work.entries.begin(key, find_grid(decision.grid), linear.shape) as entry:
             for (first, _), weights in zip(pieces, read(), strict=True):
                 check_finite(weights, f"tensor {linear.view.tensor} ({linear.name})", first)
                 entry.write(first, self._apply(linear, self._task(linear, weights, moments)))
+                self._progress.advance(float(weights.size))
         return key
 
     def _quantize(self, linear: Linear, weights: Float32, moments: Moments | None, key: str) -> None:
@@ -233,11 +242,13 @@ class Matrices:
             tune = ALGORITHMS.get(name).tune
             if tune is None:
                 raise AnyQuantError(f"{name} does not tune")
-            for linear_name, result in tune(_Tuned(live, tasks)).items():
+            for linear_name, result in tune(_Tuned(live, tasks, self._progress)).items():
                 linear = self._job.architecture.by_name[linear_name]
                 final = corrected(self._decision(linear), tasks[linear_name], result)
                 with self._work.entries.begin(keys[linear_name], final.grid, final.shape) as entry:
                     entry.write(0, final)
+        else:
+            self._progress.advance(float(sum(task.weights.size for task in tasks.values())))
         for linear in linears:
             live.assign(linear, self._work.entry(keys[linear.name]).load().decode())
         return keys

@@ -78,19 +78,24 @@ class Stages:
         self.model = StreamedModel(job.checkpoint, job.architecture, dtype=job.recipe.calibration.dtype)
         tokens = [document.tokens for document in documents]
         self.outputs = self._gradients(tokens) if output_needed(decisions) else None
-        self.chain = Chain(self.model, tokens, both, work.folder, room.memory, progress)
+        self.chain = Chain(self.model, tokens, both, work.folder, room.memory)
         self.rewriting = Rewriting(job)
 
     def run(self) -> Staged:
         """All stages, from the first that is not recorded. Raises as the algorithms do."""
+        linears = self.job.architecture.linears
+        self.progress.start("quantize", float(sum(map(_weights, linears))), "w")
         first = self._resume()
         for index in range(first, self.model.blocks):
+            self.progress.place(f"block {index + 1} of {self.model.blocks}")
             with self.chain.block(index) as live:
                 record = self._block(live)
             self._states = self.chain.save(self.work.states(index))
             self.work.record(index, replace(record, states=self._states))
         if first <= self.model.blocks:
+            self.progress.place("embedding and head")
             self.work.record(self.model.blocks, self._edges())
+        self.progress.finish()
         job = replace(self.job, checkpoint=self.rewriting.checkpoint)
         return Staged(job, self._entries, Statistics(self._moments), tuple(self._notes))
 
@@ -125,6 +130,7 @@ class Stages:
         for record in records:
             self._take(record)
             self.rewriting.take(record.arrays)
+            self.progress.advance(sum(_weights(self.job.architecture.by_name[name]) for name in record.entries))
         if records:
             self._states = records[-1].states
             self.progress.say(f"going on after {len(records)} of {self.model.blocks + 1} stages of an earlier run")
@@ -152,7 +158,9 @@ class Stages:
         """Rewrite, quantize and advance one block."""
         notes: list[str] = []
         rewrites = self.rewriting.block(live, notes)
-        matrices = Matrices(self.job, self.rewriting.checkpoint, self.work, self._states, notes, self.outputs)
+        matrices = Matrices(
+            self.job, self.rewriting.checkpoint, self.work, self._states, notes, self.progress, self.outputs
+        )
         entries, moments = matrices.quantize_block(live)
         notes += [f"{name}: {UNROUTED}" for name in live.unrouted]
         live.advance()
@@ -166,11 +174,15 @@ class Stages:
         needs = statistics_needed([self.job.plan.decisions[linear.name] for linear in edges])
         moments = {HEAD_INPUT: self.chain.head(needs)} if any(_has_input(linear) for linear in edges) else {}
         notes = self._one_sided()
-        matrices = Matrices(self.job, self.rewriting.checkpoint, self.work, self._states, notes)
+        matrices = Matrices(self.job, self.rewriting.checkpoint, self.work, self._states, notes, self.progress)
         entries = {linear.name: matrices.quantize_edge(linear, moments.get(linear.input_group)) for linear in edges}
         record = Record(entries, _kept(moments), tuple(notes))
         self._take(record)
         return record
+
+
+def _weights(linear: Linear) -> int:
+    return linear.shape[0] * linear.shape[1]
 
 
 def _has_input(linear: Linear) -> bool:

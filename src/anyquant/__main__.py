@@ -1,0 +1,6 @@
+"""`python -m anyquant`."""
+
+from anyquant.cli.main import main
+
+if __name__ == "__main__":
+    main()
