@@ -12,6 +12,7 @@ from anyquant.core.progress import Progress, Silent
 from anyquant.evaluation.measures import Measures
 from anyquant.evaluation.verdict import Contract, contract_for
 from anyquant.formats import rules
+from anyquant.grids import names as grid_names
 from anyquant.pipeline import artifacts
 from anyquant.pipeline.cost import Planned, estimate
 from anyquant.pipeline.make import Maker, Request
@@ -65,7 +66,10 @@ def _says_what(recipe: Recipe) -> bool:
 def _target(name: str | None, recipe: Recipe) -> Target:
     if name is None and recipe.preset is not None:
         raise UsageError(f"--preset {recipe.preset} belongs to a target; name it with --for llama.cpp")
-    return neutral() if name is None else find_target(name)
+    goal = neutral() if name is None else find_target(name)
+    if recipe.grid is not None and recipe.grid.upper() in goal.ladder and recipe.grid.lower() not in grid_names():
+        raise UsageError(f"{recipe.grid} is a preset of {goal.name}: write --preset {recipe.grid.upper()}")
+    return goal
 
 
 def _default(goal: Target, recipe: Recipe) -> Recipe:

@@ -162,6 +162,7 @@ def test_a_broken_tokenizer_is_one_line() -> None:
 
 def test_demo_splits_are_cut_at_the_context() -> None:
     splits = demo_splits(BOS, context=512)
+    assert demo_splits(BOS, 512, tokens=1).calibrate == splits.calibrate[:8]
     assert len(splits.certify) >= 30
     lengths = [len(document.tokens) for part in splits for document in part]
     assert max(lengths) == 512 and min(lengths) > 100

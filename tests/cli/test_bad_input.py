@@ -207,6 +207,22 @@ USAGE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "quality and limit": (("--for", "llama.cpp", "--quality", "strict", "--max-kl", "1"), ("quality",)),
     "negative limit": (("--for", "llama.cpp", "--max-kl", "-1"), ("--max-kl", "-1")),
     "limit that is no number": (("--for", "llama.cpp", "--max-kl", "nan"), ("--max-kl", "nan")),
+    "preset as a grid": (("--for", "llama.cpp", "--grid", "Q4_K_M"), ("--preset Q4_K_M",)),
+    "beginning of a grid": (("--grid", "int4"), ("int4-g16",)),
+    "empty step": (("--grid", "int4-g32", "--algorithm", "gptq -> "), ("a step is empty",)),
+    "option twice": (
+        ("--grid", "int4-g32", "--algorithm", "gptq", "--option", "block=32", "--option", "block=64"),
+        ("block", "twice"),
+    ),
+    "option of another type": (
+        ("--grid", "int4-g32", "--algorithm", "gptq", "--option", "block=1.5"),
+        ("block", "1.5", "an integer"),
+    ),
+    "field of a text": (("--grid", "int4-g32", "--text", __file__, "--text-field", "x"), (__file__, "--text-field")),
+    "dtype of no calibration": (
+        ("--grid", "int4-g32", "--data-free", "--calibration-dtype", "bfloat16"),
+        ("--calibration-dtype",),
+    ),
     "no threads": (("--for", "llama.cpp", "--threads", "0"), ("--threads",)),
     "importance without data": (
         ("--for", "llama.cpp", "--data-free", "--imatrix", "x.gguf"),

@@ -36,7 +36,7 @@ def test_options_go_to_the_step_that_knows_them() -> None:
     ("text", "options", "said"),
     [
         ("gtpq", {}, "unknown algorithm 'gtpq'; did you mean gptq"),
-        ("", {}, "unknown algorithm ''"),
+        ("", {}, "a step is empty"),
         ("gptq -> gptq", {}, "names gptq twice"),
         ("gptq -> hqq", {}, "gptq and hqq do the same work"),
         ("wanda -> magnitude", {}, "wanda and magnitude do the same work"),

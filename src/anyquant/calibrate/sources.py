@@ -68,6 +68,8 @@ def read_documents(
             f"no text at {path}; give a text file, a folder of .txt or .md files, a .jsonl or .npy file, "
             f"or {hub.PREFIX}NAME"
         )
+    if field != FIELD and kind in (Kind.FILE, Kind.FOLDER, Kind.ARRAY):
+        raise UsageError(f"{path} is a {kind}, which has no fields; leave out --text-field {field}")
     if kind is Kind.FOLDER:
         documents = _folder(path, tokenizer, context)
     elif kind is Kind.ARRAY:

@@ -112,14 +112,17 @@ def within(tokenizer: Tokenizer, vocabulary: int) -> Tokenizer:
     return replace(tokenizer, encode=encode, vocabulary=vocabulary)
 
 
-def demo_splits(tokenizer: Tokenizer, context: int) -> Splits:
-    """The demo's held-out topics, each one document: its first `context` tokens."""
+def demo_splits(tokenizer: Tokenizer, context: int, tokens: int | None = None) -> Splits:
+    """The demo's held-out topics, each one document: its first `context` tokens. `tokens` to calibrate with, about."""
 
     def part(split: str) -> tuple[Document, ...]:
         texts = split_documents(split)
         return tuple(Document(text.name, tuple(tokenizer.whole(text.text)[:context]), text.name) for text in texts)
 
-    return Splits(part("calibrate"), part("select"), part("certify"))
+    calibrate = part("calibrate")
+    if tokens is not None:
+        calibrate = _bounded(calibrate, tokens, Amounts().documents[0])
+    return Splits(calibrate, part("select"), part("certify"))
 
 
 def split(documents: Sequence[Document], amounts: Amounts | None = None) -> Splits:

@@ -74,6 +74,8 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # the libraries' own progress bars would be drawn through ours
     os.environ.setdefault("TQDM_DISABLE", "1")
+    # threads that spin while they wait make a busy machine several times slower, an idle one no faster
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     if sys.argv[1:2] and sys.argv[1] in WITHOUT_OUTPUT:

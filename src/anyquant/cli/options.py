@@ -86,7 +86,11 @@ def recipe_of(flags: dict[str, Any]) -> Recipe:
     kept = ("algorithm", "embedding", "head", "activations")
     given: dict[str, Any] = {name: flags[name] for name in kept if flags[name] is not None}
     if flags["options"]:
-        given["options"] = {**recipe.options, **dict(map(_option, flags["options"]))}
+        options = list(map(_option, flags["options"]))
+        names = [name for name, _ in options]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UsageError(f"--option {twice[0]} is given twice; keep one of them")
+        given["options"] = {**recipe.options, **dict(options)}
     calibration = {
         name: flags[name] for name in ("text", "imatrix", "tokens", "context") if flags.get(name) is not None
     }

@@ -17,8 +17,9 @@ T = TypeVar("T")
 
 
 def suggest(name: str, known: list[str]) -> str:
-    """A clause for an error message: the names nearest to a mistyped one, or all of them."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    """A clause for an error message: names that begin so, else those nearest to a mistyped one, or all of them."""
+    begun = [one for one in known if name and one.lower().startswith(name.lower())][:3]
+    near = begun or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
 
 

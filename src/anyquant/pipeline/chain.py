@@ -33,6 +33,8 @@ def parse_chain(text: str, options: Mapping[str, Any] = EMPTY) -> Chain:
     """The chain that `text` names. Raises UsageError for unknown names, an impossible order, options without a step."""
     names = [name.strip().lower() for name in _ARROW.split(text.strip())]
     known = [*ALGORITHMS.names(), *TRANSFORMS.names()]
+    if "" in names:
+        raise UsageError(f"{text!r}: a step is empty; write e.g. 'rotate -> gptq'")
     for name in names:
         if name not in known:
             raise UsageError(f"unknown algorithm {name!r}; {suggest(name, known)}")

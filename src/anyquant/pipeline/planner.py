@@ -122,7 +122,7 @@ def _apply_rules(wishes: dict[str, _Wish], architecture: Architecture, recipe: R
 
 def _ruled(now: _Wish, rule: Rule) -> _Wish:
     # another algorithm does not know the options of the one it replaces
-    options = rule.options or ({} if rule.algorithm else now.options)
+    options = dict(rule.options) if rule.algorithm else {**now.options, **rule.options}
     return _Wish(rule.grid or now.grid, rule.describe(), rule.algorithm or now.algorithm, options, True)
 
 

@@ -139,8 +139,8 @@ def _rule(table: Any, index: int) -> Rule:
     if role and role not in list(Role):
         raise UsageError(f"{where}: unknown role {role!r}; {suggest(role, [str(r) for r in Role])}")
     grid, algorithm = _typed(table, "grid", str, where), _typed(table, "algorithm", str, where)
-    if grid is None and algorithm is None:
-        raise UsageError(f"{where}: names neither a grid nor an algorithm")
+    if grid is None and algorithm is None and not table.get("options"):
+        raise UsageError(f"{where}: names neither a grid nor an algorithm, and no options")
     return Rule(
         role=role,
         pattern=_typed(table, "pattern", str, where) or "",

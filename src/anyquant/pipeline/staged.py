@@ -18,6 +18,7 @@ from anyquant.calibrate.stats import Moments, Statistics
 from anyquant.calibrate.text import Document
 from anyquant.core.errors import BadInputError, UsageError
 from anyquant.core.linear import Linear
+from anyquant.core.plan import Decision
 from anyquant.core.progress import Progress
 from anyquant.models.families import HEAD_INPUT
 from anyquant.models.streaming import StreamedModel
@@ -77,6 +78,7 @@ class Stages:
         both = tuned or "cross" in statistics_needed(decisions)
         self.model = StreamedModel(job.checkpoint, job.architecture, dtype=job.recipe.calibration.dtype)
         tokens = [document.tokens for document in documents]
+        self._warn(sum(map(len, tokens)))
         self.outputs = self._gradients(tokens) if output_needed(decisions) else None
         self.chain = Chain(self.model, tokens, both, work.folder, room.memory)
         self.rewriting = Rewriting(job)
@@ -98,6 +100,17 @@ class Stages:
         self.progress.finish()
         job = replace(self.job, checkpoint=self.rewriting.checkpoint)
         return Staged(job, self._entries, Statistics(self._moments), tuple(self._notes))
+
+    def _warn(self, tokens: int) -> None:
+        """Of fewer tokens than an input has channels no full Hessian can be had: what to do, before hours are spent."""
+        decisions = self.job.plan.decisions
+        widths = [one.shape[1] for one in self.job.architecture.linears if _by_hessian(decisions[one.name])]
+        if max(widths, default=0) > tokens:
+            self._notes.append(
+                f"{tokens} tokens of calibration for inputs of up to {max(widths)} channels: their Hessians are filled "
+                "up by dampening"
+            )
+            self.progress.say(f"warning: {self._notes[-1]}; a longer text or more --tokens lose less")
 
     def _gradients(self, documents: Sequence[Sequence[int]]) -> OutputStatistics:
         """Those of an earlier run that is resumed, or collected now: through the float model, once."""
@@ -179,6 +192,10 @@ class Stages:
         record = Record(entries, _kept(moments), tuple(notes))
         self._take(record)
         return record
+
+
+def _by_hessian(decision: Decision) -> bool:
+    return "hessian" in statistics_needed([decision])
 
 
 def _weights(linear: Linear) -> int:

@@ -54,7 +54,7 @@ def load_splits(tokenizer: Tokenizer, architecture: Architecture, calibration: C
     context = usable_context(calibration.context, architecture)
     tokenizer = within(tokenizer, architecture.dimensions.vocabulary)
     if calibration.text is None:
-        return demo_splits(tokenizer, context)
+        return demo_splits(tokenizer, context, calibration.tokens)
     amounts = Amounts(tokens=(calibration.tokens, calibration.tokens // 3, calibration.tokens * 2 // 3))
     # few tokens must not make the text look short: the fewest documents of all splits are read in any case
     tokens = sum(max(pair[0], pair[1] * context) for pair in zip(amounts.tokens, amounts.documents, strict=True))
