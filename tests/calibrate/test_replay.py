@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from anyquant.calibrate import chain as module
 from anyquant.calibrate.chain import Chain
@@ -82,8 +83,8 @@ def test_no_bit_changes(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(module, "KEPT_BYTES", room)
         again, all_of_them = run(folder)
         assert again == kept
-        # gpt_oss returns the weights of its attention beside the states: these would have to be kept, too
-        assert room or some.total() < all_of_them.total() or family == "gpt_oss"
+        # the attention of gpt_oss returns its weights beside the states, that of bloom adds to the stream itself
+        assert room or some.total() < all_of_them.total() or family in ("gpt_oss", "bloom")
 
 
 def test_a_llama_computes_each_matrix_as_often_as_it_must(tmp_path: Path) -> None:
@@ -94,3 +95,56 @@ def test_a_llama_computes_each_matrix_as_often_as_it_must(tmp_path: Path) -> Non
     # down; down: the float model at that, the quantized one at last
     for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
         assert computed[name] == 2 * batches + once, name
+
+
+def test_the_stream_where_a_part_adds_to_it_itself(tmp_path: Path) -> None:
+    """Bloom's attention returns the stream with its output added, which must not be added to the stream once more."""
+    folder = make(tmp_path / "model", "bloom")
+    checkpoint = open_checkpoint(folder)
+    chain = Chain(StreamedModel(checkpoint, detect(checkpoint)), DOCUMENTS, both=True)
+    float_model, rounded = (
+        transformers.BloomForCausalLM.from_pretrained(folder, dtype=torch.float64).eval() for _ in range(2)
+    )
+    with chain.block(0) as live:
+        for linear in live.linears[:-1]:
+            found = live.observe(NEEDS, [linear])
+            weights = (np.round(live.weights(linear) * 8) / 8).astype(np.float32)
+            live.settle(linear, weights)
+            rounded.get_submodule(linear.module).weight.data.copy_(torch.from_numpy(weights))
+        last = live.linears[-1]
+        found = live.observe(NEEDS, [last], last=True)
+        live.advance()
+    streams, entering = [], []
+    for model in (float_model, rounded):
+        block = model.transformer.h[0]
+        seen: list[Any] = []
+        block.post_attention_layernorm.register_forward_pre_hook(lambda module, given, to=seen: to.append(given[0][0]))
+        inputs: list[Any] = []
+        model.get_submodule(last.module).register_forward_pre_hook(
+            lambda module, given, to=inputs: to.append(given[0].reshape(-1, given[0].shape[-1]))
+        )
+        with torch.no_grad():
+            for document in DOCUMENTS:
+                model(torch.tensor([document]))
+        streams.append(torch.cat(seen))
+        entering.append(torch.cat(inputs))
+    expected = (streams[0] - streams[1]).T @ entering[1] / len(streams[0])
+    residual = found[last.input_group].residual
+    np.testing.assert_allclose(residual, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_a_part_that_is_called_in_pieces_is_left_alone(tmp_path: Path) -> None:
+    """BERT may apply its feed-forward part to pieces of the tokens: nothing of it is kept, and nothing fails."""
+    results = []
+    for pieces in (0, 2):
+        folder = make(tmp_path / f"model-{pieces}", "bert", chunk_size_feed_forward=pieces)
+        checkpoint = open_checkpoint(folder)
+        documents = [document for document in DOCUMENTS if len(document) % 2 == 0]
+        chain = Chain(StreamedModel(checkpoint, detect(checkpoint)), documents)
+        with chain.block(0) as live:
+            for linear in live.linears:
+                live.settle(linear, (np.round(live.weights(linear) * 8) / 8).astype(np.float32))
+            live.observe(frozenset({"second_moment"}), live.linears[:1])
+            live.advance()
+        results.append(np.concatenate([batch.states.numpy().ravel() for batch in chain.batches]))
+    np.testing.assert_allclose(*results, rtol=1e-4, atol=1e-5)

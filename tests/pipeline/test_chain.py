@@ -43,7 +43,7 @@ def test_options_go_to_the_step_that_knows_them() -> None:
         ("gptq -> awq", {}, "transforms of the model (awq) come before all else"),
         ("gptq -> wanda", {}, "the order is pruning, quantizing, correcting; move wanda"),
         ("gptq", {"dampenin": 0.1}, "no option 'dampenin'; did you mean dampening"),
-        ("gptq", {"dampening": "much"}, "option dampening is 'much', expected a float"),
+        ("gptq", {"dampening": "much"}, "option dampening is 'much', expected a number"),
         ("gptq", {"wanda.sparsity": 0.1}, "has no step 'wanda'"),
     ],
 )

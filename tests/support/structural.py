@@ -20,6 +20,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertForMaskedLM", {"intermediate_size": 48, "max_position_embeddings": 64}),
     "roberta": ("RobertaForMaskedLM", {"intermediate_size": 48, "max_position_embeddings": 80}),
     "distilbert": ("DistilBertForMaskedLM", {"dim": 32, "hidden_dim": 48, "n_layers": 3, "n_heads": 4}),
+    "bloom": ("BloomForCausalLM", {"n_layer": 3, "n_head": 4}),
     "olmoe": ("OlmoeForCausalLM", {"intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}),
     "deepseek_v3": (
         "DeepseekV3ForCausalLM",

@@ -49,7 +49,7 @@ def quantize(task: Task) -> QTensor:
     state = OnGrid(grid, task.shape, params, None)
     rounder = GridRounder(state, found.columns, None if task.keep is None else found.arranged(task.keep), None)
     values = found.restored(feed_errors_back(found.arranged(task.weights), found, rounder))
-    square = damped(hessian, np.arange(task.shape[1]), found.dampening).astype(np.float32)
+    square = damped(hessian, np.arange(task.shape[1]), found.dampening, np.float32)
     for _ in range(options["rounds"]):
         codes, improved = improve_table(task, state.codes, state.params, square)
         state = OnGrid(grid, task.shape, improved, None)

@@ -20,6 +20,7 @@ from anyquant.core.extras import require
 Order = npt.NDArray[np.intp]
 Matrix = npt.NDArray[Any]
 MOST_DAMPENING = 1.0
+PANEL = 512  # columns of a Cholesky factor computed at once
 ORDERS = ("natural", "activation", "groups")
 SEED = 0  # of the order "random"
 
@@ -109,7 +110,7 @@ def hessian_of(moments: Moments | None, columns: int, place: str, algorithm: str
     return moments.hessian
 
 
-def damped(hessian: Float32, columns: Order, dampening: float) -> npt.NDArray[np.float64]:
+def damped(hessian: Float32, columns: Order, dampening: float, dtype: type = np.float64) -> npt.NDArray[Any]:
     """The Hessian with its diagonal raised, in the order `columns`; a dead channel meets only itself."""
     diagonal = hessian.diagonal()
     live = diagonal > 0
@@ -117,9 +118,9 @@ def damped(hessian: Float32, columns: Order, dampening: float) -> npt.NDArray[np
     steps = np.diff(columns)
     if (steps == 1).all() or (steps == -1).all():
         step = 1 if columns[0] == 0 else -1
-        result = hessian[::step, ::step].astype(np.float64, order="C")
+        result: npt.NDArray[Any] = hessian[::step, ::step].astype(dtype, order="C")
     else:
-        result = np.take(np.take(hessian, columns, axis=0), columns, axis=1).astype(np.float64)
+        result = np.take(np.take(hessian, columns, axis=0), columns, axis=1).astype(dtype)
     at = ~live[columns]
     if at.any():
         result[at, :] = 0
@@ -157,15 +158,35 @@ def _lower_reversed(hessian: Float32, columns: Order, dampening: float, place: s
     torch = require("torch")
     used = dampening
     while True:
-        reversed_order = torch.from_numpy(damped(hessian, columns[::-1], used))
-        lower, failed = torch.linalg.cholesky_ex(reversed_order)
-        if not failed.item() and bool(torch.isfinite(lower.diagonal()).all()):
+        lower = torch.from_numpy(damped(hessian, columns[::-1], used))
+        if cholesky(lower):
             return lower, used
         if used >= MOST_DAMPENING:
             raise BadInputError(
                 f"{place}: the Hessian is not positive definite even with dampening {used:g}; calibrate again"
             )
         used = min(max(used * 10, 1e-6), MOST_DAMPENING)
+
+
+def cholesky(square: Any) -> bool:
+    """The lower Cholesky factor takes the place of the lower triangle of a torch matrix; what is above it stays.
+
+    In place, as matrices are large: torch's own makes one copy or two. False where the matrix is not positive definite.
+    """
+    torch = require("torch")
+    size = len(square)
+    for start in range(0, size, PANEL):
+        stop = min(start + PANEL, size)
+        corner, failed = torch.linalg.cholesky_ex(square[start:stop, start:stop])
+        if failed.item() or not bool(torch.isfinite(corner.diagonal()).all()):
+            return False
+        square[start:stop, start:stop] = corner
+        below = square[stop:, start:stop]
+        below.copy_(torch.linalg.solve_triangular(corner.mT, below, upper=True, left=False))
+        for first in range(stop, size, PANEL):
+            last = min(first + PANEL, size)
+            square[first:last, stop:last].addmm_(below[first - stop : last - stop], below[: last - stop].mT, alpha=-1)
+    return True
 
 
 def _feedback(lower: Any, edges: tuple[int, ...]) -> Float32:

@@ -21,10 +21,9 @@ A matrix whose output is added to a stream r can make up for what the stream has
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from anyquant.algorithms.base import Task
-from anyquant.algorithms.hessian import Factor, damped, hessian_of
+from anyquant.algorithms.hessian import Factor, cholesky, damped, hessian_of
 from anyquant.core.dtypes import Float32
 from anyquant.core.errors import BadInputError, UsageError
 from anyquant.core.extras import require
@@ -44,25 +43,37 @@ def best_target(task: Task, factor: Factor, kind: str, mixing: float) -> Float32
     if task.stats is None or task.stats.cross is None:
         raise UsageError(f"{task.place}: propagation {kind} needs the float inputs, too; calibrate with a text")
     cross = _sound(task.stats.cross, hessian.shape, "cross moments", task.place)
-    named = "qronos" if kind == "auto" else kind
-    key = ("propagation", named, factor.route if named == "gptaq" else None, factor.dampening)
-    added = task.stats.once(key, lambda: _matrix(named, cross, hessian, factor))
-    wanted = torch.addmm(torch.from_numpy(task.weights), torch.from_numpy(task.weights), added, alpha=mixing)
-    if task.stats.residual is not None:
-        sound = _sound(task.stats.residual, task.shape, "residual moments", task.place)
-        wanted += mixing * _solved(sound, hessian, factor)
-    result: Float32 = wanted.numpy()
+    weights = torch.from_numpy(task.weights)
+    residual = task.stats.residual
+    stream = None if residual is None else _sound(residual, task.shape, "residual moments", task.place)
+    if kind != "gptaq" and stream is not None:  # alone with its input: one solution for its rows
+        deviation = torch.from_numpy(_deviation(cross, hessian, factor))
+        moved = _solved(torch.addmm(torch.from_numpy(stream), weights, deviation), hessian, factor)
+    else:
+        key = ("propagation", kind, factor.route if kind == "gptaq" else None, factor.dampening)
+        moved = weights @ task.stats.once(key, lambda: _matrix(kind, cross, hessian, factor))
+        if stream is not None:
+            moved += _solved(torch.from_numpy(stream), hessian, factor)
+    result: Float32 = torch.add(weights, moved, alpha=mixing).numpy()
     return result
 
 
-def _solved(residual: Float32, hessian: Float32, factor: Factor) -> Any:
-    """B (H + damping)^-1, float32."""
+def _solved(rows: Any, hessian: Float32, factor: Factor) -> Any:
+    """rows (H + dampening)^-1 for a torch matrix (rows, in), float32."""
     torch = require("torch")
-    logical = np.arange(len(hessian))
-    wide = residual.astype(np.float64)
-    wide[:, factor.dead] = 0
-    lower = torch.linalg.cholesky(torch.from_numpy(damped(hessian, logical, factor.dampening)))
-    return torch.cholesky_solve(torch.from_numpy(wide).T, lower).T.to(torch.float32)
+    wide = rows.double()  # a copy
+    wide[:, torch.from_numpy(factor.dead)] = 0
+    lower = torch.from_numpy(damped(hessian, np.arange(len(hessian)), factor.dampening))
+    cholesky(lower)  # it did when the factor was found
+    half = torch.linalg.solve_triangular(lower.mT, wide, upper=True, left=False)
+    return torch.linalg.solve_triangular(lower, half, upper=False, left=False).float()
+
+
+def _deviation(cross: Float32, hessian: Float32, factor: Factor) -> Float32:
+    """C - H, but for channels that were always 0."""
+    deviation = cross - hessian
+    deviation[:, factor.dead] = 0
+    return deviation
 
 
 def deviation_known(task: Task) -> bool:
@@ -81,17 +92,15 @@ def _sound(array: Float32, shape: tuple[int, ...], what: str, place: str) -> Flo
 def _matrix(kind: str, cross: Float32, hessian: Float32, factor: Factor) -> Any:
     """What W is multiplied with and then added to it, (in, in) float32, in logical order."""
     torch = require("torch")
+    deviation = _deviation(cross, hessian, factor)
+    if kind != "gptaq":
+        return _solved(torch.from_numpy(deviation), hessian, factor)
     columns = factor.columns
-    at = np.ix_(columns, columns)
-    deviation: npt.NDArray[np.float64] = cross.astype(np.float64)[at] - hessian[at]
-    deviation[:, factor.dead[columns]] = 0
     square = torch.from_numpy(damped(hessian, columns, factor.dampening))
-    if kind == "qronos":
-        result = torch.cholesky_solve(torch.from_numpy(deviation).T, torch.linalg.cholesky(square)).T
-    else:
-        reversed_lower = torch.linalg.cholesky(square.flip(0, 1))
-        identity = torch.eye(len(square), dtype=torch.float64)
-        upper = torch.linalg.solve_triangular(reversed_lower.flip(0, 1), identity, upper=True)
-        result = (torch.from_numpy(deviation) @ upper.T).triu(1) @ upper
+    reversed_lower = torch.linalg.cholesky(square.flip(0, 1))
+    identity = torch.eye(len(square), dtype=torch.float64)
+    upper = torch.linalg.solve_triangular(reversed_lower.flip(0, 1), identity, upper=True)
+    arranged = torch.from_numpy(deviation[np.ix_(columns, columns)].astype(np.float64))
+    result = (arranged @ upper.T).triu(1) @ upper
     back = torch.from_numpy(np.argsort(columns))
     return result.to(torch.float32)[back][:, back].contiguous()

@@ -80,7 +80,7 @@ def _derived(task: Task, hessian: Float32, dampening: float) -> tuple[Float32, d
     """The damped Hessian and room for `Descent.inverses`, one for all matrices with this input."""
 
     def compute() -> tuple[Float32, dict[Any, Any]]:
-        return damped(hessian, np.arange(len(hessian)), dampening).astype(np.float32), {}
+        return damped(hessian, np.arange(len(hessian)), dampening, np.float32), {}
 
     return compute() if task.stats is None else task.stats.once(("damped", dampening), compute)
 

@@ -14,7 +14,7 @@ from anyquant.core.progress import Progress, Silent
 from anyquant.models.batches import Batch, group_documents
 from anyquant.models.streaming import StreamedModel
 
-KEPT_BYTES = 1 << 29  # of what is kept inside a block between passes
+KEPT_BYTES = 1 << 28  # of what is kept inside a block between passes
 
 
 class Chain:
@@ -46,7 +46,7 @@ class Chain:
         self._progress = progress or Silent()
         self.batches: list[Batch] = []
         self._chains: list[States] = []
-        self._room = KEPT_BYTES if memory is None else min(KEPT_BYTES, memory)
+        self._room = KEPT_BYTES if memory is None else min(KEPT_BYTES, memory // 4)
         tokens = sum(map(len, kept))
         self._progress.start("calibrate", float(tokens), "tokens")
         for batch in model.embed_each(kept):

@@ -236,6 +236,7 @@ class _Sum:
     def add(self, gradients: Any) -> None:
         """Account for `gradients` (tokens, out)."""
         self.seen += len(gradients)
+        gradients = gradients.float()
         for block in range(self._blocks):
             part = gradients[:, block * self._size : (block + 1) * self._size]
             at = slice(0, part.shape[1])

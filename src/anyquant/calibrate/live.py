@@ -195,8 +195,7 @@ class LiveBlock:
         original, routing = self._originals(), Routing(self._model, list(groups.values()))
         current = {name: self._parameter(name) for name in self._short}
         before = {name: original.get(short, current[name]) for name, short in self._short.items()}
-        into = {linear.name for linear in writers(self.linears).values()}
-        stream = StreamSum([part.module for part in self._replay.parts if part.linears & into])
+        stream = StreamSum(self._stream_modules())
         enough, enough_float = Enough(groups, False), Enough(groups, last)
         watched = self._watched(groups)
 
@@ -237,7 +236,15 @@ class LiveBlock:
         into = [(one.name, self._model.module.get_submodule(one.module)) for one in writers(self.linears).values()]
         stream = StreamSum([module for _, module in into])
         with stream.following(self._inputs[0].states), self._replay.learning(into):
-            return stream.explains(self._run(0))
+            return stream.explains(self._run(0), self._model.dtype)
+
+    def _stream_modules(self) -> list[Any]:
+        """What puts out what is added to the stream: the parts of the block that are known to, else the writers."""
+        found = []
+        for linear in writers(self.linears).values():
+            sound = [part.module for part in self._replay.parts if part.sound and linear.name in part.linears]
+            found += sound or [self._model.module.get_submodule(linear.module)]
+        return found
 
     def _results(self, groups: Mapping[str, Linear], sums: Mapping[str, Running]) -> dict[str, Moments]:
         """Experts without tokens get the average of the others in the same place, else what is assumed of any input."""

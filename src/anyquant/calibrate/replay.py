@@ -19,13 +19,15 @@ class Part:
     """A child `module` of a block and the names of the `linears` in it.
 
     `last` is the name and the module of the one that adds to the residual stream, if it is known that the part puts
-    out what this one does, and `rest` what it returns beside.
+    out what this one does, and `rest` what it returns beside. `sound`: it is called once in a pass and, where a writer
+    of the stream is in it, puts out what that one does; others are left alone.
     """
 
     module: Any
     linears: frozenset[str]
     last: tuple[str, Any] | None = None
     rest: tuple[Any, ...] | None = None
+    sound: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,15 @@ def parts_of(block: Any, path: str, linears: Sequence[Linear]) -> list[Part]:
     inside: dict[str, set[str]] = {}
     for linear in linears:
         child = linear.module.removeprefix(f"{path}.").partition(".")[0]
-        inside.setdefault(child, set()).add(linear.name)
+        if linear.module.startswith(f"{path}."):
+            inside.setdefault(child, set()).add(linear.name)
     return [Part(block.get_submodule(child), frozenset(names)) for child, names in inside.items()]
 
 
 class Replay:
     """Keeps states of `parts` of a block while they take at most `room` bytes; the others are computed again.
 
-    What the last part puts out is not kept, as nothing comes behind it.
+    What the last part puts out is not kept, as nothing comes behind it. Nothing is before `learning`.
     """
 
     def __init__(self, parts: Sequence[Part], room: int) -> None:
@@ -67,6 +70,13 @@ class Replay:
         """For one whole pass: see which parts put out what one of the `writers`, names and modules, in them does."""
         seen: dict[str, Any] = {}
         undone: list[Callable[[], None]] = []
+        calls = [0] * len(self.parts)
+
+        def count(number: int) -> Callable[..., None]:
+            def called(*_: Any) -> None:
+                calls[number] += 1
+
+            return called
 
         def leave_writer(name: str) -> Callable[..., None]:
             return lambda module, arguments, output: seen.update({name: output})
@@ -74,11 +84,14 @@ class Replay:
         def leave(part: Part, name: str, writer: Any) -> Callable[..., None]:
             def compare(module: Any, arguments: Any, output: Any) -> None:
                 states, beside = split(output)
-                if name in seen and seen[name].shape == states.shape and bool((seen[name] == states).all()):
-                    part.last, part.rest = ((name, writer), beside) if _plain(beside) else (None, None)
+                same = name in seen and seen[name].shape == getattr(states, "shape", None)
+                if same and bool((seen[name] == states).all()):
+                    part.last, part.rest = ((name, writer), beside) if _keepable(states, beside) else (None, None)
 
             return compare
 
+        for number, part in enumerate(self.parts):
+            undone.append(part.module.register_forward_pre_hook(count(number)).remove)
         for name, writer in writers:
             for part in (part for part in self.parts if name in part.linears and part.module is not writer):
                 undone.append(writer.register_forward_hook(leave_writer(name)).remove)
@@ -88,6 +101,11 @@ class Replay:
         finally:
             for undo in undone:
                 undo()
+        inside = {name for name, _ in writers}
+        alone = [module for _, module in writers]
+        for part, times in zip(self.parts, calls, strict=True):
+            plain = not part.linears & inside or part.last is not None or any(part.module is one for one in alone)
+            part.sound = times == 1 and plain
 
     @contextmanager
     def passing(
@@ -108,11 +126,11 @@ class Replay:
                 states, beside = split(output)
                 if not all(map(final, part.linears)):
                     moving.append(part)
-                elif keep and not moving and part is not self.parts[-1] and _plain(beside):
+                elif keep and part.sound and not moving and part is not self.parts[-1] and _keepable(states, beside):
                     self._keep(key, Kept(states, True, beside))
 
             undone.append(part.module.register_forward_hook(leave).remove)
-            if part.last is None or not keep or key in self._kept:
+            if part.last is None or not part.sound or not keep or key in self._kept:
                 return
             name, last = part.last
 
@@ -155,9 +173,9 @@ def split(output: Any) -> tuple[Any, tuple[Any, ...] | None]:
     return (output[0], tuple(output[1:])) if isinstance(output, tuple) else (output, None)
 
 
-def _plain(beside: tuple[Any, ...] | None) -> bool:
-    """Whether nothing is returned beside the states that would have to be kept, too."""
-    return beside is None or all(value is None for value in beside)
+def _keepable(states: Any, beside: tuple[Any, ...] | None) -> bool:
+    """Whether it is one tensor, and nothing is returned beside it that would have to be kept, too."""
+    return hasattr(states, "nbytes") and (beside is None or all(value is None for value in beside))
 
 
 def _bytes(kept: Kept) -> int:

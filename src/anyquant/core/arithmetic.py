@@ -12,7 +12,7 @@ DTYPES = ("float32", "bfloat16")  # what the blocks of a model may compute in wh
 def products_in(dtype: str) -> Any:
     """While active, torch rounds the factors and results of products to `dtype`, one of DTYPES.
 
-    Norms and sums, and so the residual stream, stay float32.
+    Norms and sums stay float32, and so the residual stream, unless a block adds results of products to one another.
     """
     torch = require("torch")
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16")

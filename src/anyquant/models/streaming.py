@@ -24,8 +24,8 @@ from anyquant.models.batches import Batch, group_documents, same_arguments
 from anyquant.models.building import build_structure, stored_names
 from anyquant.models.placement import find_places
 
-BATCH_TOKENS = 2048  # tokens that go through a block at once: enough for full speed, little memory
-GAP = 16  # rows of the embedding that are read in vain to save opening the file again
+BATCH_TOKENS = 2048
+GAP = 4  # rows of the embedding that are read in vain to save opening the file again
 LOGIT_ELEMENTS = 1 << 25  # elements of the largest (tokens, vocabulary) matrix: 128 MiB
 
 
@@ -53,7 +53,7 @@ class StreamedModel:
         settings = checkpoint.config if config is None else config
         self.module = build_structure(settings, checkpoint.location, len(checkpoint.names()))
         self._torch = require("torch")
-        self._dtype = dtype
+        self.dtype = dtype
         self._layers = self._find_blocks()
         self._embedding = self._path_of(self.module.get_input_embeddings()) + ".weight"
         head = self.module.get_output_embeddings()
@@ -125,7 +125,7 @@ class StreamedModel:
         `weights` replaces parameters by their names below the block; gradients flow to them where they are enabled.
         """
         arguments, keywords = batch.calls[index]
-        with products_in(self._dtype):
+        with products_in(self.dtype):
             output = self._torch.func.functional_call(block, dict(weights or {}), (states, *arguments), dict(keywords))
         return (output[0] if isinstance(output, tuple) else output).float()
 

@@ -86,8 +86,9 @@ class Stages:
     def run(self) -> Staged:
         """All stages, from the first that is not recorded. Raises as the algorithms do."""
         linears = self.job.architecture.linears
-        self.progress.start("quantize", float(sum(map(_weights, linears))), "w")
         first = self._resume()
+        left = sum(_weights(linear) for linear in linears if linear.name not in self._entries)
+        self.progress.start("quantize", float(left), "w")
         for index in range(first, self.model.blocks):
             self.progress.place(f"block {index + 1} of {self.model.blocks}")
             with self.chain.block(index) as live:
@@ -143,7 +144,6 @@ class Stages:
         for record in records:
             self._take(record)
             self.rewriting.take(record.arrays)
-            self.progress.advance(sum(_weights(self.job.architecture.by_name[name]) for name in record.entries))
         if records:
             self._states = records[-1].states
             self.progress.say(f"going on after {len(records)} of {self.model.blocks + 1} stages of an earlier run")
