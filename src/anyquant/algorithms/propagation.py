@@ -28,6 +28,7 @@ from anyquant.core.dtypes import Float32
 from anyquant.core.errors import BadInputError, UsageError
 from anyquant.core.extras import require
 
+ROWS = 256  # solved for at once, in float64
 KINDS = ("auto", "none", "gptaq", "qronos")
 
 
@@ -53,20 +54,21 @@ def best_target(task: Task, factor: Factor, kind: str, mixing: float) -> Float32
         key = ("propagation", kind, factor.route if kind == "gptaq" else None, factor.dampening)
         moved = weights @ task.stats.once(key, lambda: _matrix(kind, cross, hessian, factor))
         if stream is not None:
-            moved += _solved(torch.from_numpy(stream), hessian, factor)
+            moved += _solved(torch.from_numpy(stream).clone(), hessian, factor)
     result: Float32 = torch.add(weights, moved, alpha=mixing).numpy()
     return result
 
 
 def _solved(rows: Any, hessian: Float32, factor: Factor) -> Any:
-    """rows (H + dampening)^-1 for a torch matrix (rows, in), float32."""
+    """rows (H + dampening)^-1 for a torch matrix (rows, in) float32, which is overwritten."""
     torch = require("torch")
-    wide = rows.double()  # a copy
-    wide[:, torch.from_numpy(factor.dead)] = 0
+    rows[:, torch.from_numpy(factor.dead)] = 0
     lower = torch.from_numpy(damped(hessian, np.arange(len(hessian)), factor.dampening))
     cholesky(lower)  # it did when the factor was found
-    half = torch.linalg.solve_triangular(lower.mT, wide, upper=True, left=False)
-    return torch.linalg.solve_triangular(lower, half, upper=False, left=False).float()
+    for part in rows.split(ROWS):
+        half = torch.linalg.solve_triangular(lower.mT, part.double(), upper=True, left=False)
+        part.copy_(torch.linalg.solve_triangular(lower, half, upper=False, left=False))
+    return rows
 
 
 def _deviation(cross: Float32, hessian: Float32, factor: Factor) -> Float32:
