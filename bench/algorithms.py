@@ -5,13 +5,14 @@
 Texts are cut into windows without special tokens: the first 128 of 256 tokens of the one calibrate, those after them
 (24 of 512) select, the first 40 of 512 tokens of the other certify. All matrices of the blocks are quantized, embedding
 and head stay as they are, and `transformers` runs the decoded weights in float32. One JSON line per pair; seconds are
-those of calibrating and quantizing. Without a text to certify nothing is judged. `bench/peers` does the same with other
-libraries.
+those of calibrating and quantizing. Without a text to certify nothing is judged. The algorithm "ggml" is llama.cpp's
+own encoder, on its grids. `bench/peers` does the same with other libraries.
 """
 
 import argparse
 import json
 import resource
+import sys
 import tempfile
 import time
 import tomllib
@@ -22,15 +23,19 @@ from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
 import anyquant.algorithms.kernels.columns  # noqa: F401 - so that no run pays for loading compiled code
 from anyquant import api
+from anyquant.calibrate.stream import collect
 from anyquant.calibrate.text import Document
 from anyquant.core.arithmetic import DTYPES
-from anyquant.core.checkpoint import Checkpoint
+from anyquant.core.checkpoint import Checkpoint, read_view
 from anyquant.core.dtypes import Float32
 from anyquant.core.progress import Silent
 from anyquant.evaluation.measures import Measures
 from anyquant.formats import rules
+from anyquant.models.architecture import Architecture
 from anyquant.models.detect import detect
 from anyquant.pipeline.blocks import blocks
 from anyquant.pipeline.measure import ReferenceLogits, compare
@@ -68,7 +73,7 @@ class Bench:
             line["seconds"] = round(time.monotonic() - began, 1)
             line["cpu_seconds"] = round(time.process_time() - cpu, 1)
             for name, reference in self.references.items():
-                measures = judge(quantized, weights, reference)
+                measures = judge(quantized.job.checkpoint, quantized.job.architecture, weights, reference)
                 line[name] = round(measures.mean_kl.value, 6)
                 line[f"{name}_interval"] = [round(end, 6) for end in measures.mean_kl.interval]
             quantizer.remove()
@@ -90,12 +95,33 @@ def decoded(quantized: Quantized) -> dict[str, Float32]:
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
-def judge(quantized: Quantized, weights: Mapping[str, Float32], reference: ReferenceLogits) -> Measures:
+def judge(
+    checkpoint: Checkpoint, architecture: Architecture, weights: Mapping[str, Float32], reference: ReferenceLogits
+) -> Measures:
     """The decoded weights against the original, in `transformers`."""
-    job = quantized.job
-    checkpoint = DecodedCheckpoint(job.checkpoint, job.architecture, weights.__getitem__)
-    runtime = TransformersRuntime(checkpoint, job.architecture)
+    runtime = TransformersRuntime(DecodedCheckpoint(checkpoint, architecture, weights.__getitem__), architecture)
     return compare(runtime.logits([one.tokens for one in reference.documents]), reference, Silent(), "")
+
+
+def by_ggml(bench: Bench, grid: str) -> dict[str, Any]:
+    """One line of the table for llama.cpp's own encoder, with the importance that its imatrix has of the same text."""
+    from support.ggml import stock_decode, stock_encode
+
+    architecture = detect(bench.checkpoint)
+    began = time.process_time()
+    statistics = collect(bench.checkpoint, architecture, [one.tokens for one in bench.calibrate])
+    weights = {}
+    for linear in architecture.linears:
+        values = read_view(bench.checkpoint, linear.view, 0, linear.shape[0])
+        if linear.block is not None:
+            values = stock_decode(grid.upper(), stock_encode(grid.upper(), values, statistics.importance(linear)))
+        weights[linear.name] = values
+    line: dict[str, Any] = {"grid": grid, "algorithm": "ggml", "cpu_seconds": round(time.process_time() - began, 1)}
+    for name, reference in bench.references.items():
+        measures = judge(bench.checkpoint, architecture, weights, reference)
+        line[name] = round(measures.mean_kl.value, 6)
+        line[f"{name}_interval"] = [round(end, 6) for end in measures.mean_kl.interval]
+    return line
 
 
 def options_of(given: Sequence[str]) -> dict[str, Any]:
@@ -130,7 +156,10 @@ def main() -> None:
         bench = Bench(checkpoint, windows(ids, length, count), references, folder, given.dtype)
         for grid in given.grids.split(","):
             for chain in given.algorithms.split(";"):
-                line = json.dumps(bench.measure(chain.strip(), grid, options_of(given.option)))
+                if chain.strip() == "ggml":
+                    line = json.dumps(by_ggml(bench, grid))
+                else:
+                    line = json.dumps(bench.measure(chain.strip(), grid, options_of(given.option)))
                 print(line, flush=True)
                 if given.out is not None:
                     with given.out.open("a", encoding="utf-8") as file:
