@@ -161,7 +161,7 @@ def test_options_are_checked(llama: MemoryCheckpoint) -> None:
         ("awq", {"ratios": 0}, "at least 1"),
         ("awq", {"sites": "attn_inptu"}, "did you mean attn_input"),
         ("smoothquant", {"alpha": 1.5}, "0 to 1"),
-        ("smoothquant", {"alpha": "half"}, "expected a float"),
+        ("smoothquant", {"alpha": "half"}, "expected a number"),
     ):
         with pytest.raises(UsageError, match=message):
             run(name, given, **options)
