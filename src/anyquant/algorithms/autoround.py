@@ -43,9 +43,6 @@ def tune(block: TunedBlock) -> Mapping[str, QTensor]:
     states = States(block, options["iterations"])
     found = {name: _start(task) for name, task in block.matrices.items()}
     best = states.judge(found)
-    if not options["iterations"]:
-        block.worked(1.0)
-        return best.matrices
     for phase in phases(options["iterations"], options["rate"]):
         best = learn(states, best, phase, _draws(states.seen, options["seed"]), options["batch"])
     return best.matrices
@@ -85,7 +82,6 @@ def learn(states: "States", start: Found, phase: Phase, sampled: Iterator[int], 
     matrices, best, iterations = states.block.matrices, start, phase.iterations
     wishes = {name: complete_options("autoround", task.options, DEFAULTS)["minmax"] for name, task in matrices.items()}
     if not phase.roundings and not any(wishes.values()):
-        states.block.worked(iterations / states.iterations)
         return start
     learned = {
         name: offsets_of(task, start.matrices[name], Learned(phase.roundings, wishes[name]))

@@ -73,7 +73,10 @@ class TunedBlock(Protocol):
         ...
 
     def worked(self, share: float) -> None:
-        """So much (0 to 1) of the work on this block has been done since the last call, for whoever watches."""
+        """So much (0 to 1) of the work on this block has been done since the last call, for whoever watches.
+
+        What is not reported counts as done when the tuner returns.
+        """
         ...
 
 

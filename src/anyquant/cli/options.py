@@ -46,6 +46,9 @@ _HOW_GOOD = (
     click.option("--min-same-top", type=float, metavar="X", help="Smallest share of tokens with the same top choice."),
 )
 
+# flag -> key of [calibration] in a recipe
+CALIBRATION = {name: name for name in ("text", "imatrix", "tokens", "context")}
+CALIBRATION |= {"text_field": "field", "calibration_dtype": "dtype"}
 TEXT_HELP = "Text file, folder, .jsonl, .npy of token ids, or dataset:NAME"
 _TEXT = (
     click.option("--text", type=click.Path(), metavar="PATH", help=f"{TEXT_HELP}: to calibrate and judge on."),
@@ -91,13 +94,7 @@ def recipe_of(flags: dict[str, Any]) -> Recipe:
         if twice := [name for name in names if names.count(name) > 1]:
             raise UsageError(f"--option {twice[0]} is given twice; keep one of them")
         given["options"] = {**recipe.options, **dict(options)}
-    calibration = {
-        name: flags[name] for name in ("text", "imatrix", "tokens", "context") if flags.get(name) is not None
-    }
-    if flags.get("text_field") is not None:
-        calibration["field"] = flags["text_field"]
-    if flags.get("calibration_dtype") is not None:
-        calibration["dtype"] = flags["calibration_dtype"]
+    calibration = {name: flags[flag] for flag, name in CALIBRATION.items() if flags.get(flag) is not None}
     if flags.get("keep_imatrix"):
         calibration["keep_imatrix"] = True
     if flags["data_free"]:

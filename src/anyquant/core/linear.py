@@ -61,6 +61,11 @@ class Linear:
         """(out, in)."""
         return self.view.rows, self.view.columns
 
+    @property
+    def weights(self) -> int:
+        """How many."""
+        return self.view.rows * self.view.columns
+
 
 @dataclass(frozen=True)
 class Carried:

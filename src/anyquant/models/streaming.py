@@ -24,7 +24,7 @@ from anyquant.models.batches import Batch, group_documents, same_arguments
 from anyquant.models.building import build_structure, stored_names
 from anyquant.models.placement import find_places
 
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 2048  # tokens that go through a block at once: enough for full speed, little memory
 GAP = 4  # rows of the embedding that are read in vain to save opening the file again
 LOGIT_ELEMENTS = 1 << 25  # elements of the largest (tokens, vocabulary) matrix: 128 MiB
 
@@ -368,7 +368,7 @@ class StreamedModel:
                 raise BadInputError(
                     f"{self.checkpoint.location}: tensor {linear.view.tensor} is missing, the model needs it"
                 )
-        if sum(linear.shape[0] * linear.shape[1] for linear in linears) != math.prod(shape):
+        if sum(linear.weights for linear in linears) != math.prod(shape):
             raise BadInputError(
                 f"{self.checkpoint.location}: the tensors of {name} do not add up to {shape}, as config.json asks for"
             )

@@ -14,7 +14,7 @@ def _stored(job: Job, linear: Linear) -> int:
     if linear.view.tensor not in job.source.names():
         return 0
     spec = job.source.spec(linear.view.tensor)
-    return linear.view.rows * linear.view.columns * spec.nbytes // spec.elements
+    return linear.weights * spec.nbytes // spec.elements
 
 
 def make_ledger(job: Job, errors: Mapping[str, float] | None = None) -> Ledger:

@@ -54,7 +54,7 @@ def estimate(job: Job, threads: int, calibration_tokens: int) -> Cost:
     seconds = 0.0
     for linear in job.architecture.linears:
         family = find_grid(job.plan.decisions[linear.name].grid).family
-        seconds += linear.view.rows * linear.view.columns / 1e6 / RATES.get(family, 20.0) / threads
+        seconds += linear.weights / 1e6 / RATES.get(family, 20.0) / threads
     memory = BASE_MEMORY + 2 * threads * BLOCK_WEIGHTS * BYTES_PER_BLOCK_WEIGHT
     if calibration_tokens:
         staged = is_staged(job)
@@ -79,9 +79,9 @@ def _tuning(job: Job, calibration_tokens: int) -> float:
         options = job.plan.decisions[linear.name].options
         if ALGORITHMS.get(job.plan.decisions[linear.name].algorithm).tune is not None:
             tokens = min(calibration_tokens, context * int(options["batch"])) * int(options["iterations"])
-            total += 6 * linear.view.rows * linear.view.columns * tokens / MULTIPLY_RATE
+            total += 6 * linear.weights * tokens / MULTIPLY_RATE
     return total
 
 
 def _block_weights(job: Job, block: int) -> int:
-    return sum(linear.view.rows * linear.view.columns for linear in job.architecture.linears if linear.block == block)
+    return sum(linear.weights for linear in job.architecture.linears if linear.block == block)

@@ -1,6 +1,6 @@
 """The matrices of one stage: pruned, quantized, corrected, and kept as entries of the state."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any
@@ -56,13 +56,14 @@ def _all_needed(decisions: Sequence[Decision]) -> frozenset[str]:
     return frozenset(found)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Tuned:
-    """`algorithms.base.TunedBlock` over a live block."""
+    """`algorithms.base.TunedBlock` over a live block; `left` is the share of the work that is not reported yet."""
 
     live: LiveBlock
     matrices: Mapping[str, Task]
     progress: Progress
+    left: float = 1.0
 
     @property
     def module(self) -> Any:
@@ -79,6 +80,7 @@ class _Tuned:
         return self.live.target(batch)
 
     def worked(self, share: float) -> None:
+        self.left -= share
         self.progress.advance(share * sum(task.weights.size for task in self.matrices.values()))
 
 
@@ -184,17 +186,24 @@ class Matrices:
                 yield read_view(self._checkpoint, linear.view, first, first + rows)
 
         key = self._key(linear, read(), moments)
-        if self._work.entries.has(key, find_grid) or decision.prune is not None or decision.correct is not None:
-            if not self._work.entries.has(key, find_grid):
-                self._quantize(linear, np.concatenate(list(read())), moments, key)
-            self._progress.advance(float(linear.shape[0] * linear.shape[1]))
+        fresh = not self._work.entries.has(key, find_grid)
+        if fresh and decision.prune is None and decision.correct is None:
+            self._quantize_pieces(linear, zip((first for first, _ in pieces), read(), strict=True), moments, key)
             return key
-        with self._work.entries.begin(key, find_grid(decision.grid), linear.shape) as entry:
-            for (first, _), weights in zip(pieces, read(), strict=True):
+        if fresh:
+            self._quantize(linear, np.concatenate(list(read())), moments, key)
+        self._progress.advance(float(linear.weights))
+        return key
+
+    def _quantize_pieces(
+        self, linear: Linear, pieces: Iterable[tuple[int, Float32]], moments: Moments | None, key: str
+    ) -> None:
+        """By pieces of rows: (first row, weights)."""
+        with self._work.entries.begin(key, find_grid(self._decision(linear).grid), linear.shape) as entry:
+            for first, weights in pieces:
                 check_finite(weights, f"tensor {linear.view.tensor} ({linear.name})", first)
                 entry.write(first, self._apply(linear, self._task(linear, weights, moments)))
                 self._progress.advance(float(weights.size))
-        return key
 
     def _quantize(self, linear: Linear, weights: Float32, moments: Moments | None, key: str) -> None:
         result = self._apply(linear, self._task(linear, weights, moments))
@@ -238,17 +247,17 @@ class Matrices:
             tasks[linear.name] = pruned(self._decision(linear), self._task(linear, weights, found))
         beside = {"matrices": keys, "before": before}  # each depends on all
         keys = {linear: entry_key(key, beside, "", CODE_VERSION) for linear, key in keys.items()}
+        tuned = _Tuned(live, tasks, self._progress)
         if not all(self._work.entries.has(key, find_grid) for key in keys.values()):
             tune = ALGORITHMS.get(name).tune
             if tune is None:
                 raise AnyQuantError(f"{name} does not tune")
-            for linear_name, result in tune(_Tuned(live, tasks, self._progress)).items():
+            for linear_name, result in tune(tuned).items():
                 linear = self._job.architecture.by_name[linear_name]
                 final = corrected(self._decision(linear), tasks[linear_name], result)
                 with self._work.entries.begin(keys[linear_name], final.grid, final.shape) as entry:
                     entry.write(0, final)
-        else:
-            self._progress.advance(float(sum(task.weights.size for task in tasks.values())))
+        tuned.worked(tuned.left)
         for linear in linears:
             live.assign(linear, self._work.entry(keys[linear.name]).load().decode())
         return keys

@@ -46,7 +46,7 @@ class Job:
     @property
     def weights(self) -> int:
         """Weights of all Linears."""
-        return sum(linear.view.rows * linear.view.columns for linear in self.architecture.linears)
+        return sum(linear.weights for linear in self.architecture.linears)
 
 
 @dataclass(frozen=True)

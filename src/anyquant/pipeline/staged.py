@@ -87,7 +87,7 @@ class Stages:
         """All stages, from the first that is not recorded. Raises as the algorithms do."""
         linears = self.job.architecture.linears
         first = self._resume()
-        left = sum(_weights(linear) for linear in linears if linear.name not in self._entries)
+        left = sum(linear.weights for linear in linears if linear.name not in self._entries)
         self.progress.start("quantize", float(left), "w")
         for index in range(first, self.model.blocks):
             self.progress.place(f"block {index + 1} of {self.model.blocks}")
@@ -196,10 +196,6 @@ class Stages:
 
 def _by_hessian(decision: Decision) -> bool:
     return "hessian" in statistics_needed([decision])
-
-
-def _weights(linear: Linear) -> int:
-    return linear.shape[0] * linear.shape[1]
 
 
 def _has_input(linear: Linear) -> bool:

@@ -67,7 +67,7 @@ def write_state(
             if not state.has(keys[name], find_grid):
                 with state.begin(keys[name], find_grid(decision.grid), linear.shape) as entry:
                     _fill(entry, pieces, source, threads)
-            progress.advance(linear.view.rows * linear.view.columns)
+            progress.advance(linear.weights)
         _write_carried(job, stage)
         state.write_plan(_plain_plan(job, {}), keys)
     progress.finish()

@@ -91,7 +91,7 @@ def file_type(architecture: Architecture, plan: Plan) -> int:
     for linear in architecture.linears:
         if linear.block is not None:
             kind = layout(plan.decisions[linear.name].grid).ggml_type
-            weights[kind] += linear.view.rows * linear.view.columns
+            weights[kind] += linear.weights
     return FILE_TYPES.get(weights.most_common(1)[0][0], GUESSED) if weights else GUESSED
 
 
