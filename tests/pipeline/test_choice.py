@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.checkpoints import make_checkpoint
 
 from anyquant.models.detect import detect
 from anyquant.pipeline.choice import Wanted, rules_of
 from anyquant.pipeline.recipe import Rule
 from anyquant.store.open import open_checkpoint
+from support.checkpoints import make_checkpoint
 
 
 def _applied(rules: tuple[Rule, ...], linear: object) -> tuple[str | None, str | None] | None:
