@@ -43,6 +43,7 @@ def test_everything_that_a_file_can_say(tmp_path: Path) -> None:
     path.write_text(FULL)
     assert load_recipe(path) == Recipe(
         grid="q4_k",
+        algorithm="rtn",
         options={"steps": 3},
         embedding="q8_0",
         head="q6_k",

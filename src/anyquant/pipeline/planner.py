@@ -222,7 +222,7 @@ def make_plan(model: Model, target: Rules, recipe: Recipe, importance: bool) -> 
     base = _base(model, target, recipe, importance)
     _override(base, architecture, Role.EMBEDDING, recipe.embedding)
     _override(base, architecture, Role.HEAD, recipe.head)
-    wishes = {name: _Wish(grid, reason, recipe.algorithm, recipe.options) for name, (grid, reason) in base.items()}
+    wishes = {name: _Wish(grid, reason, recipe.chain, recipe.options) for name, (grid, reason) in base.items()}
     _apply_rules(wishes, architecture, recipe)
     for index, rule in enumerate(recipe.rules):
         if rule.algorithm and (moved := parse_chain(rule.algorithm, rule.options).transforms):
@@ -231,7 +231,7 @@ def make_plan(model: Model, target: Rules, recipe: Recipe, importance: bool) -> 
                 "name it in the recipe's algorithm"
             )
     activation = None if recipe.activations is None else parse_activation(recipe.activations)
-    transforms = parse_chain(recipe.algorithm, recipe.options).transforms
+    transforms = parse_chain(recipe.chain, recipe.options).transforms
     decisions = {}
     for linear in architecture.linears:
         fitted = _fit(_decide(linear, wishes[linear.name], importance), linear, target)

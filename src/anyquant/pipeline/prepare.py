@@ -23,7 +23,7 @@ def prepare(source: Checkpoint, recipe: Recipe) -> Model:
     Raises UnsupportedError, with the reason, for a transform that this architecture does not allow, and as `detect`.
     """
     checkpoint, architecture = source, detect(source)
-    for step in parse_chain(recipe.algorithm, recipe.options).transforms:
+    for step in parse_chain(recipe.chain, recipe.options).transforms:
         transform = TRANSFORMS.get(step.name)
         reason = transform.refuses(architecture, step.options)
         if reason is not None:

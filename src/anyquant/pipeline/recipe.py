@@ -75,20 +75,26 @@ class Calibration:
 class Recipe:
     """Base choice (`preset` of the format, or `grid` for block Linears), then ordered rules.
 
-    `algorithm` is a chain ("rotate -> awq -> gptq"), `options` are those of its steps. `activations` names the grid on
+    `algorithm` is a chain ("rotate -> awq -> gptq"), `options` are those of its steps; None is rounding, which a search
+    under a contract may exchange for more where it pays. `activations` names the grid on
     which the inputs of the block Linears are rounded while the model runs, each token for itself ("int8-channel"), or
     with one calibrated scale ("int8-tensor:static").
     """
 
     preset: str | None = None
     grid: str | None = None
-    algorithm: str = "rtn"
+    algorithm: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     embedding: str | None = None
     head: str | None = None
     activations: str | None = None
     rules: tuple[Rule, ...] = ()
     calibration: Calibration = Calibration()
+
+    @property
+    def chain(self) -> str:
+        """The algorithm, by name even where none is asked for."""
+        return self.algorithm or "rtn"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, JSON-ready."""
@@ -200,7 +206,7 @@ def parse_recipe(table: Mapping[str, Any]) -> Recipe:
     recipe = Recipe(
         preset=_typed(table, "preset", str, "recipe"),
         grid=_typed(table, "grid", str, "recipe"),
-        algorithm=_typed(table, "algorithm", str, "recipe") or "rtn",
+        algorithm=_typed(table, "algorithm", str, "recipe"),
         options=_options(table, "recipe"),
         embedding=_typed(table, "embedding", str, "recipe"),
         head=_typed(table, "head", str, "recipe"),
