@@ -83,8 +83,8 @@ def test_against_every_choice(awkward: bool, most_states: int) -> None:
         assert found.loss == math.fsum(c.loss for c in taken)
         assert found.bound <= truth[0] * (1 + 1e-9) <= found.loss * (1 + 2e-9)
         if most_states > 3:
-            assert found.loss == pytest.approx(truth[0], rel=1e-9)
-            assert found.bound == pytest.approx(found.loss, rel=1e-9)
+            assert found.loss == pytest.approx(truth[0], rel=3e-9)
+            assert found.bound == pytest.approx(found.loss, rel=3e-9)
 
 
 def test_against_a_table_over_bytes() -> None:
@@ -92,7 +92,7 @@ def test_against_a_table_over_bytes() -> None:
     for _ in range(20):
         menus = [[(int(rng.integers(5, 60)), float(rng.lognormal(0, 1))) for _ in range(8)] for _ in range(40)]
         budget = within(build(menus), float(rng.uniform(0.02, 0.6)))
-        assert allocate(build(menus), budget).loss == pytest.approx(by_bytes(menus, budget), rel=1e-9)
+        assert allocate(build(menus), budget).loss == pytest.approx(by_bytes(menus, budget), rel=3e-9)
 
 
 @pytest.mark.parametrize("share", [0.02, 0.2, 0.5])
@@ -100,10 +100,10 @@ def test_large_models(share: float) -> None:
     rng = np.random.default_rng(6)
     small, large = model(rng, 60), model(rng, 1000)
     exact = allocate(small, within(small, share))
-    assert exact.bound == pytest.approx(exact.loss, rel=1e-9)
+    assert exact.bound == pytest.approx(exact.loss, rel=3e-9)
     found = allocate(large, within(large, share))
     assert found.loss - found.bound <= 1e-3 * found.loss
-    assert found.bound >= curve(large).loss_at(within(large, share)) * (1 - 1e-9)
+    assert found.bound >= curve(large).loss_at(within(large, share)) * (1 - 3e-9)
 
 
 def test_a_gap_is_proven_when_states_are_dropped() -> None:
@@ -125,8 +125,8 @@ def test_frontier_is_the_hull() -> None:
     for low, high in itertools.pairwise(ladder):
         assert low.nbytes < high.nbytes and low.loss > high.loss
     for each in ladder:
-        assert allocate(groups, each.nbytes).loss == pytest.approx(each.loss, rel=1e-9)
-        assert predicted.loss_at(each.nbytes) == pytest.approx(each.loss, rel=1e-9)
+        assert allocate(groups, each.nbytes).loss == pytest.approx(each.loss, rel=3e-9)
+        assert predicted.loss_at(each.nbytes) == pytest.approx(each.loss, rel=3e-9)
         assert predicted.nbytes_for(each.loss) == pytest.approx(each.nbytes, rel=1e-6)
 
 

@@ -42,7 +42,7 @@ class Group:
 class Allocation:
     """A choice with its sums of bytes and losses; no choice within the budget has a loss below `bound`.
 
-    `bound` equals `loss`, up to rounding of the sums, when the solution is proven to be the best.
+    When `bound` lies within one part in 10^9 of `loss`, the solution is proven to be the best.
     """
 
     choice: Choice

@@ -18,7 +18,8 @@ import numpy.typing as npt
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
 
-_ROUNDING = 1e-12  # of the loss: a difference below it is what summing in another order makes
+_EQUAL = 1e-9  # of the loss: solutions closer than this are taken to be equally good
+_ROUNDING = 1e-13  # of the smallest choice's loss, from which gains are subtracted: what that may leave
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def _hull(entry: Menu) -> list[int]:
 def solve(menus: list[Menu], budget: int, most_states: int) -> tuple[Int64, float]:
     """The position taken in every menu, and a lower bound of the loss of any solution.
 
-    The bound equals the solution's loss, up to rounding, unless states were dropped. The budget must allow the
+    The bound lies one part in 10^9 below the solution's loss at most, unless states were dropped. The budget must allow the
     smallest line of every menu.
     """
     ascent = steps(menus)
@@ -123,7 +124,7 @@ def solve(menus: list[Menu], budget: int, most_states: int) -> tuple[Int64, floa
     price = float(ascent.gain[taken] / ascent.nbytes[taken])
     relaxed = float(losses[taken]) - price * (budget - int(spent[taken]))
     best = _loss(menus, picks)
-    tolerance = _ROUNDING * max(abs(best), abs(float(losses[0])))
+    tolerance = max(_EQUAL * abs(best), _ROUNDING * abs(float(losses[0])))
     positions, reduced = [], []
     for entry in menus:
         costs = entry.loss + price * (entry.nbytes - entry.nbytes[0])
@@ -133,7 +134,7 @@ def solve(menus: list[Menu], budget: int, most_states: int) -> tuple[Int64, floa
     found, bound = _states(reduced, budget, best, tolerance, most_states)
     if found is not None:
         picks = np.array([p[f] for p, f in zip(positions, found, strict=True)], np.int64)
-    return picks, min(bound, _loss(menus, picks))
+    return picks, min(bound, _loss(menus, picks) - tolerance)
 
 
 def _total(parts: list[Int64]) -> int:
