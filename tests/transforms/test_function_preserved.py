@@ -83,6 +83,7 @@ CHOICES: list[tuple[str, Mapping[str, Any]]] = [
     ("rotate", {}),
     ("rotate", {"r2": False, "kind": "random", "seed": 3}),
     ("rotate", {"r1": False}),
+    ("rotate", {"kind": "learned", "steps": 3, "grid": "int3-g16"}),
     ("smoothquant", {}),
     ("awq", {"ratios": 3}),
     ("permute", {}),
@@ -191,8 +192,9 @@ def test_experts(tmp_path: Path, family: str, stacked: bool) -> None:
     """Routers, shared and routed experts, stored one by one and as one tensor."""
     folder = make_checkpoint(tmp_path / "model", family, hidden=64, stacked=stacked, config={"intermediate_size": 96})
     original = MemoryCheckpoint.of(folder)
-    for name in ("rotate", "smoothquant", "permute"):
-        changed, rewrites = rewritten(original, name, {})
+    learned = {"kind": "learned", "steps": 3, "grid": "mxfp4"}
+    for name, options in (("rotate", {}), ("rotate", learned), ("smoothquant", {}), ("permute", {})):
+        changed, rewrites = rewritten(original, name, options)
         assert any("expert" in tensor for tensor in rewrites.tensors)
         assert relative_logit_difference(original, changed, TOKENS) < LIMIT, name
 

@@ -168,9 +168,16 @@ def test_options_are_checked(llama: MemoryCheckpoint) -> None:
     with pytest.raises(UsageError, match="did you mean rotate"):
         TRANSFORMS.get("rotat")
     rotate = TRANSFORMS.get("rotate")
-    assert rotate.prepare is not None
-    with pytest.raises(UsageError, match="kind is 'hadamrd'"):
-        rotate.prepare(detect(llama), llama, {**rotate.options, "kind": "hadamrd"})
+    for options, message in (
+        ({"kind": "hadamrd"}, "kind is 'hadamrd'"),
+        ({"steps": 0}, "steps is 0, expected at least 1"),
+        ({"seed": -1}, "seed is -1, expected at least 0"),
+        ({"grid": "int4-g12"}, "int4-g12"),
+        ({"grid": "bf16"}, "grid is 'bf16', a float type"),
+    ):
+        with pytest.raises(UsageError, match=message) as raised:
+            rotate.refuses(detect(llama), {**rotate.options, **options})
+        assert "\n" not in str(raised.value)
 
 
 def test_rotation_lowers_outliers_of_the_stream(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from anyquant.pipeline.texts import DEFAULT_TEXT_WARNING, describe, load_splits,
 from anyquant.pipeline.verify import Verified
 from anyquant.runtimes.transformers import TransformersRuntime
 from anyquant.store.publish import Stage
+from anyquant.transforms.checkpoint import settle
 
 LIBRARIES = ("numpy", "numba", "gguf", "torch", "transformers", "tokenizers", "xllamacpp", "compressed-tensors")
 
@@ -129,6 +130,7 @@ class Maker:
         largest = max(job.layout.nbytes for job in plans)
         with Stage(request.out, request.overwrite, needed=largest) as stage:
             splits, tokenizer = self._texts()
+            self._settle_transforms()
             self._prove_transforms(plans[0], splits)
             documents = None if splits is None or not self.importance else splits.calibrate
             quantizer = Quantizer(documents, Room(request.memory, request.out), _versions(), self.progress)
@@ -179,6 +181,12 @@ class Maker:
         if context < calibration.context:
             self.progress.say(f"documents have {context} tokens at most, which is what this model takes")
         return load_splits(tokenizer, self.original, calibration), tokenizer
+
+    def _settle_transforms(self) -> None:
+        """What transforms learn from the weights alone is learned here, where it is seen."""
+        if self.model.checkpoint is not self.request.checkpoint:
+            with self.watch.stage("transform"):
+                settle(self.model.checkpoint, self.progress)
 
     def _prove_transforms(self, job: Job, splits: Splits | None) -> None:
         """The rewritten model computes what the original does. Raises AnyQuantError when it does not."""

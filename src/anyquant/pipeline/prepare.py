@@ -1,10 +1,12 @@
 """Transforms that are known before calibration: the model as it is planned for, and the proof that it is the same."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.errors import AnyQuantError, UnsupportedError
 from anyquant.core.progress import Progress
+from anyquant.grids import grid as find_grid
 from anyquant.models.architecture import Architecture
 from anyquant.models.detect import detect
 from anyquant.pipeline.chain import parse_chain
@@ -30,10 +32,17 @@ def prepare(source: Checkpoint, recipe: Recipe) -> Model:
             raise UnsupportedError(f"{step.name}: {reason}")
         if transform.prepare is None:
             continue
-        rewrites = transform.prepare(architecture, checkpoint, step.options)
+        rewrites = transform.prepare(architecture, checkpoint, _completed(step.options, recipe))
         checkpoint = RewrittenCheckpoint(checkpoint, rewrites)
         architecture = detect(checkpoint)
     return Model(architecture, checkpoint, source)
+
+
+def _completed(options: Mapping[str, Any], recipe: Recipe) -> Mapping[str, Any]:
+    """An option `grid` left to be found is the recipe's grid, where that rounds anything."""
+    if options.get("grid") != "auto" or recipe.grid is None or find_grid(recipe.grid).family == "floating":
+        return options
+    return {**options, "grid": recipe.grid}
 
 
 def prove_static(job: Job, original: Architecture, tokens: Sequence[int], progress: Progress) -> float:

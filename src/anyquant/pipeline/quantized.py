@@ -19,6 +19,7 @@ from anyquant.pipeline.statistics import gather, keep
 from anyquant.pipeline.work import Work, source_identity
 from anyquant.store.state import canonical_json
 from anyquant.store.system import SYSTEM, remove_tree
+from anyquant.transforms.checkpoint import layers
 
 
 @dataclass(frozen=True)
@@ -134,4 +135,6 @@ def _identity(job: Job, documents: Sequence[Document], versions: Mapping[str, st
         "versions": dict(versions),
         "decisions": [asdict(decision) for decision in job.plan.decisions.values()],
         "transforms": [asdict(step) for step in job.plan.transforms],
+        # what is learned depends on the arithmetic of the machine: finished blocks must not meet another rotation
+        "rewrites": [layer.digest() for layer in layers(job.checkpoint)],
     }

@@ -10,6 +10,8 @@ import numpy as np
 from anyquant.core.checkpoint import Checkpoint, TensorSpec, read_rows
 from anyquant.core.dtypes import Bytes, Float32
 from anyquant.core.errors import AnyQuantError
+from anyquant.core.progress import Progress
+from anyquant.transforms.operations import Awaited, Rotate
 from anyquant.transforms.rewrites import Rewrite, Rewrites
 
 STEP = 256  # rows read at once where rows do not depend on each other
@@ -115,6 +117,27 @@ class RewrittenCheckpoint:
         for change in self.rewrites.tensors[name]:
             change.change(values, piece[0])
         return values
+
+
+def layers(checkpoint: Checkpoint) -> list[Rewrites]:
+    """The rewrites of a checkpoint that was rewritten step by step, in order."""
+    found: list[Rewrites] = []
+    while isinstance(checkpoint, RewrittenCheckpoint):
+        found.insert(0, checkpoint.rewrites)
+        checkpoint = checkpoint.base
+    return found
+
+
+def settle(checkpoint: Checkpoint, progress: Progress) -> None:
+    """Learn the rotations of a rewritten checkpoint now; otherwise it happens unseen when a tensor is first read."""
+    rewrites = [one for layer in layers(checkpoint) for found in layer.tensors.values() for one in found]
+    rotations = [one.operation for one in rewrites if isinstance(one.operation, Rotate)]
+    awaited = {id(one.source): one.source for one in rotations if isinstance(one.source, Awaited)}
+    if awaited:
+        progress.start("rotate", sum(source.work for source in awaited.values()), "w")
+        for source in awaited.values():
+            source.get(progress)
+        progress.finish()
 
 
 def _as_matrix(spec: TensorSpec) -> tuple[int, int]:

@@ -5,8 +5,10 @@ its rows w becomes `T.dual` w, where dual = transposed inverse. The model comput
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +16,7 @@ import numpy.typing as npt
 
 from anyquant.core.dtypes import Float32
 from anyquant.core.errors import AnyQuantError
+from anyquant.core.progress import Progress, Silent
 from anyquant.transforms.hadamard import hadamard_factors, hadamard_product
 
 Index = npt.NDArray[np.int64]
@@ -225,27 +228,62 @@ class Hadamard:
         return self
 
 
+class Awaited:
+    """A matrix (order, order) that `find` computes when it is first asked for, once: planning needs its order alone.
+
+    `work`: how far `find` advances its progress.
+    """
+
+    def __init__(self, order: int, find: Callable[[Progress], Float32], work: float = 0.0) -> None:
+        self.shape = (order, order)
+        self.work = work
+        self._find = find
+        self._lock = Lock()
+        self._found: Float32 | None = None
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def get(self, progress: Progress) -> Float32:
+        """Safe to call from threads: the others wait for the first."""
+        with self._lock:
+            if self._found is None:
+                self._found = self._find(progress)
+            return self._found
+
+
 @dataclass(frozen=True, eq=False)
 class Rotate:
-    """Each run of len(matrix) channels, x, becomes matrix @ x; `matrix` is orthogonal, float32."""
+    """Each run of len(source) channels, x, becomes matrix @ x; `source` is the matrix, orthogonal, float32, or gives it
+    later.
+    """
 
     size: int
-    matrix: Float32
+    source: Float32 | Awaited
     kind: str = field(default="rotate", init=False)
     mixes: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
-        order = len(self.matrix)
-        if self.matrix.shape != (order, order) or self.size % order:
-            raise AnyQuantError(f"a rotation of shape {self.matrix.shape} does not divide {self.size} channels")
+        order = len(self.source)
+        if self.source.shape != (order, order) or self.size % order:
+            raise AnyQuantError(f"a rotation of shape {self.source.shape} does not divide {self.size} channels")
+
+    @property
+    def matrix(self) -> Float32:
+        """It is found now where it was not before."""
+        return self.found(Silent())
+
+    def found(self, progress: Progress) -> Float32:
+        """The matrix; where it must be found first, `progress` hears of it."""
+        return self.source.get(progress) if isinstance(self.source, Awaited) else self.source
 
     def apply(self, vectors: Float32) -> Float32:
-        order = len(self.matrix)
+        order = len(self.source)
         mixed: Float32 = np.ascontiguousarray(vectors).reshape(-1, order) @ self.matrix.T
         return mixed.reshape(vectors.shape)
 
     def apply_down(self, matrix: Float32) -> Float32:
-        runs = np.ascontiguousarray(matrix).reshape(-1, len(self.matrix), matrix.shape[1])
+        runs = np.ascontiguousarray(matrix).reshape(-1, len(self.source), matrix.shape[1])
         mixed: Float32 = np.matmul(self.matrix, runs)
         return mixed.reshape(matrix.shape)
 
@@ -254,7 +292,9 @@ class Rotate:
 
     @cached_property
     def inverse(self) -> "Rotate":
-        return Rotate(self.size, np.ascontiguousarray(self.matrix.T))
+        if isinstance(self.source, Awaited):
+            return Rotate(self.size, Awaited(len(self.source), lambda p: np.ascontiguousarray(self.found(p).T)))
+        return Rotate(self.size, np.ascontiguousarray(self.source.T))
 
     @property
     def transposed(self) -> "Rotate":
@@ -296,8 +336,8 @@ def repeat_heads(operation: Operation, head_dim: int, repeats: int) -> Operation
         return Permute((wide + head_dim * np.arange(len(wide))[:, None]).reshape(-1))
     if isinstance(operation, Hadamard) and head_dim % len(operation.signs) == 0:
         return Hadamard(operation.size * repeats, operation.signs, operation.backward)
-    if isinstance(operation, Rotate) and head_dim % len(operation.matrix) == 0:
-        return Rotate(operation.size * repeats, operation.matrix)
+    if isinstance(operation, Rotate) and head_dim % len(operation.source) == 0:
+        return Rotate(operation.size * repeats, operation.source)
     raise AnyQuantError(f"{operation.kind} of {operation.size} channels does not stay within heads of {head_dim}")
 
 
