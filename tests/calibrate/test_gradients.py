@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from anyquant.calibrate import gradients
+from anyquant.calibrate import roundtrip
 from anyquant.calibrate.gradients import OutputStatistics, collect_output_statistics
 from anyquant.core.errors import BadInputError, UsageError
 from anyquant.models.detect import detect
@@ -29,7 +29,7 @@ ANSWERS = torch.from_numpy(np.random.default_rng(5).integers(0, 300, TOKENS))
 @pytest.fixture(autouse=True)
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products in full float32 wherever the tests run, and the head in several pieces."""
-    monkeypatch.setattr(gradients, "fast_products", nullcontext)
+    monkeypatch.setattr(roundtrip, "fast_products", nullcontext)
     monkeypatch.setattr(StreamedModel, "logit_rows", 30 * 8)
 
 
@@ -132,7 +132,7 @@ def test_the_same_numbers_each_time_and_from_the_folder(llama: Path, tmp_path: P
 
 def test_tokens_are_drawn_from_the_distribution() -> None:
     logits = torch.tensor([[0.0, 1.0, -torch.inf, 2.0]]).expand(20000, 4)
-    drawn = gradients._Sampler(1)(logits)
+    drawn = roundtrip.Sampler(1)(logits)
     shares = np.bincount(drawn.numpy(), minlength=4) / 20000
     np.testing.assert_allclose(shares, logits[0].softmax(-1).numpy(), atol=0.01)
     assert shares[2] == 0
