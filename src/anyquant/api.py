@@ -9,8 +9,8 @@ from pathlib import Path
 from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.errors import UnsupportedError, UsageError
 from anyquant.core.progress import Progress, Silent
+from anyquant.evaluation.limits import Contract, DropLimit, with_quality
 from anyquant.evaluation.measures import Measures
-from anyquant.evaluation.verdict import Contract, contract_for
 from anyquant.formats import rules
 from anyquant.grids import names as grid_names
 from anyquant.pipeline import artifacts
@@ -99,14 +99,13 @@ def make(
 
     What to do: `preset` or `grid` or `recipe`; none of them: the smallest rung of the target's ladder that keeps the
     contract, or its default preset when there is no contract. How good: `quality` ("lossless", "strict", "balanced",
-    "compact") or a `contract`. Without a target the neutral quantized state is published.
+    "compact": a mean KL) and the further limits of a `contract`. Without a target the neutral quantized state is
+    published.
 
     Raises subclasses of AnyQuantError. A contract that is not met is not an error here: see `Report.status`.
     """
-    if quality is not None and contract is not None:
-        raise UsageError("give a quality or limits, not both")
+    limits = with_quality(contract or Contract(), quality)
     checkpoint = source_of(model_path(model))
-    limits = contract_for(quality) if quality is not None else contract or Contract()
     wish = _recipe(recipe, preset, grid, data_free, text)
     goal = _target(target, wish)
     climb = not _says_what(wish) and limits.needs_measures
@@ -193,4 +192,4 @@ def run(
     return artifacts.generate(Path(artifact), prompt, tokens, temperature, seed, threads or cores())
 
 
-__all__ = ["Calibration", "Contract", "Recipe", "Report", "evaluate", "inspect", "make", "plan", "run"]
+__all__ = ["Calibration", "Contract", "DropLimit", "Recipe", "Report", "evaluate", "inspect", "make", "plan", "run"]

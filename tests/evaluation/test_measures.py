@@ -11,8 +11,9 @@ import scipy.stats
 
 from anyquant.core.errors import BadInputError, UsageError
 from anyquant.evaluation.bootstrap import Estimate
+from anyquant.evaluation.limits import Contract, contract_for
 from anyquant.evaluation.measures import Comparison, Measures, tail_bound
-from anyquant.evaluation.verdict import Contract, Status, contract_for, judge
+from anyquant.evaluation.verdict import Status, judge
 
 Logits = npt.NDArray[np.float32]
 

@@ -12,7 +12,7 @@ import click
 from anyquant.calibrate.sources import LEAST_CONTEXT
 from anyquant.core.arithmetic import DTYPES
 from anyquant.core.errors import UsageError
-from anyquant.evaluation.verdict import QUALITIES, Contract
+from anyquant.evaluation.limits import QUALITIES, Contract, DropLimit, size_limit
 from anyquant.pipeline.recipe import LEAST_TOKENS, Recipe, chosen, load_recipe
 
 Decorated = Callable[..., Any]
@@ -40,10 +40,19 @@ _WHAT = (
 )
 
 _HOW_GOOD = (
-    click.option("--quality", type=click.Choice(list(QUALITIES)), help="Climb the presets until this mean KL holds."),
+    click.option("--quality", type=click.Choice(list(QUALITIES)), help="A name for a --max-kl: balanced is 0.011."),
     click.option("--max-kl", type=float, metavar="X", help="Largest mean KL to the original, nats per token."),
+    click.option("--max-kl-99-9", type=float, metavar="X", help="Largest 99.9 % quantile of the KL of single tokens."),
     click.option("--max-ppl-increase", type=float, metavar="X", help="Largest perplexity increase: 0.01 is 1 %."),
     click.option("--min-same-top", type=float, metavar="X", help="Smallest share of tokens with the same top choice."),
+    click.option(
+        "--max-drop",
+        multiple=True,
+        metavar="METRIC=X",
+        help="Largest drop of a metric of your own, 0.01 or 1%; METRIC is file.py:function:higher (or :lower), "
+        "or module:function:higher. Repeatable.",
+    ),
+    click.option("--max-size", metavar="SIZE", help="Most bytes of its files: 4.6GB, 13200000B or 4.5bpw."),
 )
 
 # flag -> key of [calibration] in a recipe
@@ -128,5 +137,9 @@ def bytes_of(text: str | None) -> int | None:
 
 def contract_of(flags: dict[str, Any]) -> Contract | None:
     """The limits given as flags, or None."""
-    limits = {name: flags[name] for name in ("max_kl", "max_ppl_increase", "min_same_top") if flags[name] is not None}
-    return Contract(**limits) if limits else None
+    names = ("max_kl", "max_kl_99_9", "max_ppl_increase", "min_same_top")
+    limits = {name: flags[name] for name in names if flags[name] is not None}
+    if flags["max_size"] is not None:
+        limits |= size_limit(flags["max_size"])
+    drops = tuple(DropLimit.parse(text) for text in flags["max_drop"])
+    return Contract(**limits, max_drop=drops) if limits or drops else None

@@ -5,18 +5,16 @@ it. Everything else, missing and non-finite evidence and fewer than 30 documents
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 
-from anyquant.core.errors import UsageError
-from anyquant.core.registry import suggest
+from anyquant.core.errors import AnyQuantError
 from anyquant.evaluation.bootstrap import ENOUGH_DOCUMENTS, Estimate
+from anyquant.evaluation.drops import Drop
 from anyquant.evaluation.kl import TAIL_TOKENS
+from anyquant.evaluation.limits import Contract, DropLimit
 from anyquant.evaluation.measures import Measures
-
-# mean KL of llama.cpp's q8_0, q6_K, q5_K_M, q4_K_M on Llama-3-8B, wikitext-2 (its perplexity README)
-QUALITIES: Mapping[str, float] = {"lossless": 0.0014, "strict": 0.0055, "balanced": 0.011, "compact": 0.030}
 
 
 class Status(StrEnum):
@@ -24,38 +22,6 @@ class Status(StrEnum):
     FAIL = "fail"
     INCONCLUSIVE = "inconclusive"
     MEASURED = "measured"
-
-
-@dataclass(frozen=True)
-class Contract:
-    """Limits; None means no limit. KL in nats per token, `max_ppl_increase` relative (0.01 is 1 %),
-
-    `min_same_top` a share of 0 to 1, `max_size` bytes of the artifact.
-    """
-
-    max_kl: float | None = None
-    max_kl_99_9: float | None = None
-    max_ppl_increase: float | None = None
-    min_same_top: float | None = None
-    max_size: int | None = None
-
-    def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                flag = "--" + item.name.replace("_", "-")
-                raise UsageError(f"{flag} is {value}; give a finite number that is not negative")
-        if self.min_same_top is not None and self.min_same_top > 1:
-            raise UsageError(f"--min-same-top is {self.min_same_top}; it is a share, give a number of 0 to 1")
-
-    @property
-    def empty(self) -> bool:
-        return all(getattr(self, item.name) is None for item in fields(self))
-
-    @property
-    def needs_measures(self) -> bool:
-        """Whether any limit is about quality rather than size."""
-        return any(getattr(self, item.name) is not None for item in fields(self) if item.name != "max_size")
 
 
 @dataclass(frozen=True)
@@ -78,18 +44,20 @@ class Verdict:
     sentence: str
 
 
-def contract_for(quality: str) -> Contract:
-    """The contract of a named quality. Raises UsageError for an unknown name."""
-    if quality not in QUALITIES:
-        raise UsageError(f"unknown quality {quality!r}; {suggest(quality, list(QUALITIES))}")
-    return Contract(max_kl=QUALITIES[quality])
+def judge(
+    measures: Measures | None, contract: Contract, size: int | None = None, drops: Sequence[Drop] = ()
+) -> Verdict:
+    """The verdict on `measures` (None: nothing could be measured), `size`, the artifact's bytes, and users' metrics.
 
-
-def judge(measures: Measures | None, contract: Contract, size: int | None = None) -> Verdict:
-    """The verdict on `measures` (None: nothing could be measured) and `size`, the artifact's bytes."""
+    Raises AnyQuantError for a contract in bits per weight: that needs the model (`Contract.resolved`).
+    """
+    if contract.max_bpw is not None:
+        raise AnyQuantError("a contract in bits per weight must be resolved into bytes before it is judged")
     if contract.empty:
         return Verdict(Status.MEASURED, (), "No limit was set: measured, not judged.")
-    results = [*_quality(measures, contract), *_size(size, contract)]
+    found = {drop.limit: drop for drop in drops}
+    metrics = [_drop(limit, found.get(limit)) for limit in contract.max_drop]
+    results = [*_quality(measures, contract), *metrics, *_size(size, contract)]
     statuses = {result.status for result in results}
     status = next((s for s in (Status.FAIL, Status.INCONCLUSIVE) if s in statuses), Status.PASS)
     return Verdict(status, tuple(results), " ".join(result.sentence for result in results))
@@ -167,6 +135,32 @@ def _tail(measures: Measures | None, limit: float, reason: str | None) -> LimitR
     side = "within" if status is Status.PASS else "not shown to be within"
     text = f"{noun}, bounded by {upper:.4g}, {side} the limit of {limit:.4g}."
     return LimitResult("max_kl_99_9", limit, value, math.nan, upper, status, text)
+
+
+def _drop(limit: DropLimit, drop: Drop | None) -> LimitResult:
+    """A user's metric: bounds in the unit of the limit, from differences item by item."""
+    name = f"max_drop {limit.metric}"
+    if drop is None or drop.hindrance:
+        reason = "it was not measured" if drop is None else drop.hindrance
+        text = f"{limit.metric} cannot be judged against a drop of {limit.text}: {reason}."
+        value = math.nan if drop is None else drop.value
+        return LimitResult(name, limit.amount, value, math.nan, math.nan, Status.INCONCLUSIVE, text)
+    lower, upper = drop.lower, drop.upper
+
+    def shown(value: float) -> str:
+        return f"{value:.2%}" if limit.relative else f"{value:.4g}"
+
+    if upper <= limit.amount:
+        status, text = Status.PASS, f"at most {shown(upper)} (95 % bound), within the limit of {limit.text}"
+    elif lower > limit.amount:
+        status, text = Status.FAIL, f"at least {shown(lower)} (95 % bound), above the limit of {limit.text}"
+    else:
+        status = Status.INCONCLUSIVE
+        text = (
+            f"between {shown(lower)} and {shown(upper)}, which leaves the limit of {limit.text} open: give more items"
+        )
+    said = f"{limit.metric} {drop.candidate:.4g}, original {drop.baseline:.4g}: drop {shown(drop.value)}, {text}."
+    return LimitResult(name, limit.amount, drop.value, lower, upper, status, said)
 
 
 def _size(size: int | None, contract: Contract) -> list[LimitResult]:

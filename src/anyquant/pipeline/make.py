@@ -4,7 +4,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,8 +13,9 @@ from anyquant.calibrate.text import Document, Splits, Tokenizer
 from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.errors import OutputError, UsageError
 from anyquant.core.progress import Progress
+from anyquant.evaluation.limits import Contract
 from anyquant.evaluation.measures import Measures
-from anyquant.evaluation.verdict import Contract, Status, Verdict, judge
+from anyquant.evaluation.verdict import Status, Verdict, judge
 from anyquant.formats import rules
 from anyquant.formats.base import Rules
 from anyquant.models.architecture import Architecture
@@ -109,6 +110,8 @@ class Maker:
         self.model = prepare(request.checkpoint, request.recipe)
         rewritten = self.model.checkpoint is not request.checkpoint
         self.original: Architecture = detect(request.checkpoint) if rewritten else self.model.architecture
+        contract = request.contract.resolved(sum(linear.weights for linear in self.original.linears))
+        self.request = request = replace(request, contract=contract)
         calibration = request.recipe.calibration
         self.measuring = not calibration.data_free or calibration.text is not None or request.contract.needs_measures
         self.importance = not calibration.data_free
@@ -287,7 +290,7 @@ class Maker:
             weights=job.weights,
             status=status,
             sentences=self._sentences(verdict),
-            contract={key: value for key, value in asdict(request.contract).items() if value is not None},
+            contract=request.contract.as_dict(),
             loss=None if measures is None else loss_of(measures, "certify"),
             conversion=self.evidence.proof.conversion,
             speed=self.evidence.proof.speed,

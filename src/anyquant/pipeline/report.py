@@ -11,7 +11,7 @@ from typing import Any
 
 from anyquant.core.extras import require
 from anyquant.core.ledger import Ledger
-from anyquant.evaluation.verdict import QUALITIES
+from anyquant.evaluation.limits import QUALITIES
 from anyquant.pipeline.picture import Point, error_map, human_bytes, size_and_loss
 
 SCHEMA = 1
