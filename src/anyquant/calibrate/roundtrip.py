@@ -59,9 +59,10 @@ class Sampler:
 class RoundTrip:
     """`forward`, then `turn`, then `back` for each block from the last to the first.
 
-    The states before every block, and the gradients of each of the `draws`, lie in nameless files in `folder`:
-    4 x tokens x hidden x (blocks + 1 + draws) bytes. `batches` are the documents by length, `gradients` those at what
-    the blocks from some one on get, one States per draw; `answers` the drawn tokens, (draws, tokens) of each batch.
+    The states before every block and after the last, and the gradients of each of the `draws`, lie in nameless files
+    in `folder`: 4 x tokens x hidden x (blocks + 1 + draws) bytes. `batches` are the documents by length, `last` the
+    states after the last block, `gradients` those at what the blocks from some one on get, one States per draw;
+    `answers` the drawn tokens, (draws, tokens) of each batch.
     Progress counts tokens. Raises UsageError without tokens, OutputError when the folder cannot be written.
     """
 
@@ -79,6 +80,7 @@ class RoundTrip:
         self.model, self.progress, self.draws = model, progress, draws
         self.batches: list[Batch] = []
         self.gradients: list[States] = []
+        self.last: States
         self.answers: list[Any] = []
         self.tokens = sum(map(len, self.documents))
         self._torch = require("torch")
@@ -103,16 +105,13 @@ class RoundTrip:
                     self._states[index + 1].views[number].copy_(output)
                     self._moved(batch)
 
-    @property
-    def last(self) -> States:
-        """The states after the last block, between `forward` and `turn`."""
-        return self._states[-1]
+        self.last = self._states.pop()
 
     def turn(self, draw: Draw) -> None:
         """From the states after the last block to the gradients of log p(y) there."""
-        torch, last = self._torch, self._states.pop()
+        torch, last = self._torch, self.last
         hidden = int(last.views[0].shape[-1])
-        self.gradients = [last, *(self._allocate(hidden) for _ in range(1, self.draws))]
+        self.gradients = [self._allocate(hidden) for _ in range(self.draws)]
         rows = max(1, self.model.logit_rows // 8)
         with self.model.torch_head() as head:
             for number, view in enumerate(last.views):

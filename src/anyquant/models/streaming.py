@@ -104,6 +104,27 @@ class StreamedModel:
             batch.calls = shared if same_arguments(shared, batch.calls, self._torch) else batch.calls
             yield batch
 
+    def embedding_gradients(
+        self, document: Sequence[int], gradients: Sequence[Any]
+    ) -> tuple[np.ndarray[Any, np.dtype[np.int64]], list[Any]]:
+        """The ids that occur in a document, and the gradient at their rows of the embedding, (ids, width), for each of
+        the `gradients` (1, length, hidden) at the states that enter block 0."""
+        ids = np.array([document], dtype=np.int64)
+        used, entering, found = np.unique(ids), [], []
+
+        def record(index: int, given: Any, *_: Any) -> Any:
+            entering.append(given)
+            return given
+
+        with self._torch.enable_grad(), self._intercept(record), self._embedding_of(used):
+            rows = self.module.get_input_embeddings().weight.requires_grad_()
+            self.module.base_model(input_ids=self._torch.from_numpy(ids))
+            for gradient in gradients:
+                rows.grad = None
+                entering[0].backward(gradient, retain_graph=True)
+                found.append(rows.grad)
+        return used, found
+
     @contextmanager
     def block(self, index: int) -> Iterator[Any]:
         """Block `index` with its weights, for the time of the `with` statement; then they are freed."""
