@@ -17,6 +17,7 @@ from anyquant.core.plan import Layout, Part, Plan, TargetFile, Unit
 from anyquant.formats.base import COMPANIONS
 from anyquant.grids import grid as find_grid
 from anyquant.models.architecture import Architecture
+from anyquant.runtimes.kv_cache import cannot_tell
 from anyquant.store.safetensors_layout import write_safetensors_header
 from anyquant.store.state_entry import SHARED, entry_header
 
@@ -47,7 +48,7 @@ class StateRules:
 
     def refuses(self, architecture: Architecture, plan: Plan, checkpoint: Checkpoint) -> list[str]:
         """The state holds whatever a grid holds."""
-        return []
+        return [] if plan.kv_cache is None else [cannot_tell(plan.kv_cache)]
 
     def layout(self, architecture: Architecture, plan: Plan, checkpoint: Checkpoint) -> Layout:
         """One file per Linear, one for what is carried in float, and the small files of the source."""

@@ -9,7 +9,7 @@ from tempfile import gettempdir
 from anyquant.calibrate.sources import FIELD, read_documents
 from anyquant.calibrate.text import demo_splits, up_to, within
 from anyquant.core.checkpoint import Checkpoint, TensorSpec
-from anyquant.core.errors import AnyQuantError, BadInputError, InconclusiveError, UsageError
+from anyquant.core.errors import AnyQuantError, BadInputError, InconclusiveError, UnsupportedError, UsageError
 from anyquant.core.progress import Progress
 from anyquant.evaluation.measures import Measures
 from anyquant.grids import grid as find_grid
@@ -18,6 +18,7 @@ from anyquant.pipeline.measure import ReferenceLogits, answers, compare
 from anyquant.pipeline.targets import expect_libraries
 from anyquant.pipeline.texts import source_tokenizer, usable_context
 from anyquant.runtimes import RUNTIMES
+from anyquant.runtimes.kv_cache import KV_CACHE, CacheTypes, cannot_tell
 from anyquant.runtimes.transformers import TransformersRuntime
 from anyquant.store.gguf import GGUFFile
 from anyquant.store.manifest import listed_files, read_manifest, verify_manifest
@@ -93,7 +94,7 @@ def _state(folder: Path) -> Contents:
 class Judging:
     """`text` None means the default text; `tokens` bounds it, `context` is the window length.
 
-    `field` is the one of its records that counts.
+    `field` is the one of its records that counts. `kv_cache`: types of the key-value cache; None: see `cache_of`.
     """
 
     text: str | None
@@ -101,6 +102,7 @@ class Judging:
     context: int
     threads: int
     field: str = FIELD
+    kv_cache: str | None = None
 
 
 def runtime_name(artifact: Path) -> str:
@@ -143,8 +145,8 @@ def evaluate(artifact: Path, against: Path, judging: Judging, progress: Progress
     if not documents:
         raise InconclusiveError("the text is too short to measure on; give a longer one")
     longest = max(len(document.tokens) for document in documents)
-    runtime = RUNTIMES.get(runtime_name(artifact))
-    with runtime.load(entry_of(artifact), context=longest, threads=judging.threads) as session:
+    runtime, cache = RUNTIMES.get(runtime_name(artifact)), cache_of(artifact, judging.kv_cache)
+    with runtime.load(entry_of(artifact), longest, judging.threads, cache) as session:
         if session.vocabulary != architecture.dimensions.vocabulary:
             raise BadInputError(
                 f"{artifact} has a vocabulary of {session.vocabulary}, {against} of "
@@ -157,12 +159,32 @@ def evaluate(artifact: Path, against: Path, judging: Judging, progress: Progress
             reference.close()
 
 
-def generate(artifact: Path, prompt: str, tokens: int, temperature: float, seed: int, threads: int) -> Iterator[str]:
+def cache_of(artifact: Path, wished: str | None) -> str | None:
+    """Types of the key-value cache to open an artifact with: those wished, those it was made for, or the default.
+
+    Raises UsageError for an unknown type, UnsupportedError where the runtime cannot be told one, or not for this model.
+    """
+    runtime = RUNTIMES.get(runtime_name(artifact))
+    if runtime.default_cache is None:
+        if wished is not None:
+            raise UnsupportedError(f"{artifact}: {cannot_tell(wished)}")
+        return None
+    metadata = open_checkpoint(artifact).metadata
+    types = CacheTypes.parse(wished or str(metadata.get(KV_CACHE, runtime.default_cache)))
+    head_dim = metadata.get(f"{metadata.get('general.architecture')}.attention.key_length")
+    if isinstance(head_dim, int) and (reasons := types.refuses(head_dim)):
+        raise UnsupportedError(f"{artifact}: {reasons[0]}")
+    return str(types)
+
+
+def generate(
+    artifact: Path, prompt: str, tokens: int, temperature: float, seed: int, threads: int, kv_cache: str | None = None
+) -> Iterator[str]:
     """Text that follows `prompt`, piece by piece. Raises UsageError when the prompt is longer than the model takes."""
     most = _context(open_checkpoint(artifact))
     runtime = RUNTIMES.get(runtime_name(artifact))
     needed = len(prompt.encode(errors="replace")) + tokens + 16  # a token is at least a byte
-    with runtime.load(entry_of(artifact), context=min(needed, most), threads=threads) as session:
+    with runtime.load(entry_of(artifact), min(needed, most), threads, cache_of(artifact, kv_cache)) as session:
         count = len(session.tokenize(prompt))
         if count >= most:
             raise UsageError(f"the prompt has {count} tokens, the model takes {most}; shorten it")

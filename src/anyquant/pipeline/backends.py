@@ -79,7 +79,8 @@ class RuntimeBackend:
         return verify(quantized.job, stage.folder, self._written, statistics, self.threads, self.progress)
 
     def measure(self, job: Job, stage: Stage, reference: ReferenceLogits, label: str) -> Measures:
-        with self._session(job, stage, reference.documents) as session:
+        cache = job.plan.kv_cache or self.runtime.default_cache
+        with self._session(job, stage, reference.documents, cache) as session:
             return compare(answers(session, reference.documents), reference, self.progress, label)
 
     def prove(self, job: Job, stage: Stage, documents: Sequence[Document], encode: Callable[[str], list[int]]) -> Proof:
@@ -106,9 +107,10 @@ class RuntimeBackend:
             )
         return found.with_limit(limit)
 
-    def _session(self, job: Job, stage: Stage, documents: Sequence[Document]) -> Session:
+    def _session(self, job: Job, stage: Stage, documents: Sequence[Document], cache: str | None = None) -> Session:
+        """The loss is that of weights and key-value cache together; the conversion is proved with an exact cache."""
         longest = max(len(document.tokens) for document in documents)
-        return self.runtime.load(stage.folder / job.format.entry, longest, self.threads)
+        return self.runtime.load(stage.folder / job.format.entry, longest, self.threads, cache)
 
 
 class StateBackend:

@@ -258,6 +258,7 @@ def make_plan(model: Model, target: Rules, recipe: Recipe, importance: bool) -> 
         carried={carried.name: norms for carried in architecture.carried},
         label=recipe.preset or recipe.grid or "recipe",
         importance=importance,
+        kv_cache=recipe.kv_cache,
         transforms=transforms,
     )
 

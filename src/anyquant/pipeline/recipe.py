@@ -15,6 +15,7 @@ from anyquant.core.arithmetic import DTYPES
 from anyquant.core.errors import BadInputError, UsageError
 from anyquant.core.linear import Linear, Role
 from anyquant.core.registry import suggest
+from anyquant.runtimes.kv_cache import CacheTypes
 
 SCHEMA = 1
 MAXIMUM_BYTES = 1 << 20
@@ -78,7 +79,8 @@ class Recipe:
     `algorithm` is a chain ("rotate -> awq -> gptq"), `options` are those of its steps; None is rounding, which a search
     under a contract may exchange for more where it pays. `activations` names the grid on
     which the inputs of the block Linears are rounded while the model runs, each token for itself ("int8-channel"), or
-    with one calibrated scale ("int8-tensor:static").
+    with one calibrated scale ("int8-tensor:static"). `kv_cache` are the types of the key-value cache with which the
+    artifact will run and is judged, "q8_0" or "q8_0,q4_0" (keys, values); None: the runtime's default.
     """
 
     preset: str | None = None
@@ -88,6 +90,7 @@ class Recipe:
     embedding: str | None = None
     head: str | None = None
     activations: str | None = None
+    kv_cache: str | None = None
     rules: tuple[Rule, ...] = ()
     calibration: Calibration = Calibration()
 
@@ -195,6 +198,7 @@ def parse_recipe(table: Mapping[str, Any]) -> Recipe:
             "embedding",
             "head",
             "activations",
+            "kv_cache",
             "rule",
             "calibration",
         },
@@ -211,6 +215,7 @@ def parse_recipe(table: Mapping[str, Any]) -> Recipe:
         embedding=_typed(table, "embedding", str, "recipe"),
         head=_typed(table, "head", str, "recipe"),
         activations=_typed(table, "activations", str, "recipe"),
+        kv_cache=_typed(table, "kv_cache", str, "recipe"),
         rules=tuple(_rule(rule, index) for index, rule in enumerate(rules)),
         calibration=_calibration(_typed(table, "calibration", dict, "recipe") or {}),
     )
@@ -248,8 +253,8 @@ def chosen(recipe: Recipe, preset: str | None, grid: str | None) -> Recipe:
 def canonical(recipe: Recipe) -> Recipe:
     """Names as they are registered: grids in lower, presets in upper case.
 
-    Raises BadInputError for a text or importance file that is not there, UsageError for a malformed name of a data set
-    and when importance that is not collected is to be kept.
+    Raises BadInputError for a text or importance file that is not there, UsageError for a malformed name of a data set,
+    an unknown type of the key-value cache, and when importance that is not collected is to be kept.
     """
     calibration = recipe.calibration
     if calibration.keep_imatrix and (calibration.data_free or calibration.imatrix is not None):
@@ -272,5 +277,6 @@ def canonical(recipe: Recipe) -> Recipe:
         embedding=lower(recipe.embedding),
         head=lower(recipe.head),
         activations=lower(recipe.activations),
+        kv_cache=None if recipe.kv_cache is None else str(CacheTypes.parse(recipe.kv_cache)),
         rules=tuple(replace(rule, grid=lower(rule.grid)) for rule in recipe.rules),
     )

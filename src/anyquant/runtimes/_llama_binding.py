@@ -20,6 +20,8 @@ from typing import Any
 
 from anyquant.core.errors import UnsupportedError
 from anyquant.core.extras import require
+from anyquant.runtimes.kv_cache import CACHE_TYPES
+from anyquant.store.ggml_types import GGML_TYPES_BY_NAME
 
 PIN = "2026.10.11549"
 
@@ -41,7 +43,7 @@ CONTEXT_FLASH_ATTENTION = 52  # int32, -1: automatic, 0: off, 1: on
 CONTEXT_CACHE_TYPES = 104  # int32 ggml_type of K, then of V
 
 LOAD_READ, LOAD_MAP = 0, 1
-CACHE_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8}
+CACHE_NUMBERS = {name: GGML_TYPES_BY_NAME[name.upper()].id for name in CACHE_TYPES}
 
 DEBUG_LEVEL = 1  # GGML_LOG_LEVEL_DEBUG
 ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
@@ -223,7 +225,7 @@ def self_test(shared: Any) -> list[str]:
         ("default cache types", context.get(CONTEXT_CACHE_TYPES, "2i"), (1, 1)),
         ("Q4_K block", (shared.ggml_blck_size(12), shared.ggml_type_size(12)), (256, 144)),
     ]
-    for name, number in CACHE_TYPES.items():
+    for name, number in CACHE_NUMBERS.items():
         expectations.append((f"name of type {number}", shared.ggml_type_name(number), name.encode()))
     batch = shared.llama_batch_init(4, 0, 1)
     pointers = tuple(bool(getattr(batch, name)) for name, _ in Batch._fields_[1:])

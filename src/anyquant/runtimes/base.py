@@ -79,16 +79,25 @@ class Session(Protocol):
 
 
 class Runtime(Protocol):
-    """Opens artifacts. `name` is what the user calls it."""
+    """Opens artifacts. `name` is what the user calls it.
+
+    `default_cache` are the types of the key-value cache that its users have when they ask for none; None: it cannot be
+    told a type.
+    """
 
     name: str
+    default_cache: str | None
 
     def check(self, artifact: Path) -> list[str]:
         """Every reason why the artifact cannot be opened here, found without loading it. Empty when there is none."""
         ...
 
-    def load(self, artifact: Path, context: int = 512, threads: int | None = None) -> Session:
-        """Open the artifact for sequences of up to `context` tokens."""
+    def load(self, artifact: Path, context: int = 512, threads: int | None = None, cache: str | None = None) -> Session:
+        """Open the artifact for sequences of up to `context` tokens.
+
+        `cache` names the types of the key-value cache, "q8_0" or "q8_0,q4_0" (keys, values); None: the most exact one.
+        Raises UnsupportedError when the runtime cannot be told.
+        """
         ...
 
 

@@ -150,13 +150,20 @@ class HuggingFaceRuntime:
     """Opens folders with `transformers`."""
 
     name = "transformers"
+    default_cache: str | None = None
 
     def check(self, artifact: Path) -> list[str]:
         """Every reason why the folder cannot be opened, from its config alone."""
         return _refusals(artifact)
 
-    def load(self, artifact: Path, context: int = 512, threads: int | None = None) -> HuggingFaceSession:
-        """Open the folder. Raises UnsupportedError with all reasons of `check`."""
+    def load(
+        self, artifact: Path, context: int = 512, threads: int | None = None, cache: str | None = None
+    ) -> HuggingFaceSession:
+        """Open the folder. Raises UnsupportedError with all reasons of `check`, and for a `cache`."""
+        if cache is not None:
+            raise UnsupportedError(
+                f"{artifact}: transformers is run without a key-value cache type ({cache}); only llama.cpp can be told"
+            )
         reasons = _refusals(artifact)
         if reasons:
             raise UnsupportedError(f"{artifact}: transformers cannot run it: {'; '.join(reasons)}")

@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from anyquant.core.errors import AnyQuantError, BadInputError, UnsupportedError, UsageError
-from anyquant.core.registry import suggest
 from anyquant.runtimes import _llama_binding as binding
 from anyquant.runtimes.base import Logits, Memory, cores, sample
+from anyquant.runtimes.kv_cache import DEFAULT, CacheTypes
 
 # bytes of one output buffer: bounds memory for vocabularies of 100 000 tokens and more
 OUTPUT_BYTES = 1 << 26
@@ -36,7 +36,7 @@ UNSUPPORTED = (
 
 @dataclass(frozen=True)
 class Options:
-    """`cache` is the type of the key-value cache: f32, f16, bf16 or q8_0. `map_file` maps the file, else it is read.
+    """`cache`: types of the key-value cache, as CacheTypes reads them. `map_file` maps the file, else it is read.
 
     `check_tensors` makes llama.cpp look for NaN, infinities and broken blocks while it loads.
     """
@@ -78,10 +78,7 @@ class LlamaCpp:
         options = options or Options()
         if context < 1:
             raise UsageError(f"context is {context} tokens; give at least 1")
-        if options.cache not in binding.CACHE_TYPES:
-            raise UsageError(
-                f"unknown cache type {options.cache!r}; {suggest(options.cache, list(binding.CACHE_TYPES))}"
-            )
+        CacheTypes.parse(options.cache)
         _expect_gguf(path)
         library = binding.load()
         library.log.clear()
@@ -101,18 +98,19 @@ class LlamaCpp:
             raise UnsupportedError("this GGUF holds an encoder; only decoder models have next-token logits")
         vocabulary = c.llama_vocab_n_tokens(c.llama_model_get_vocab(model))
         batch_size = max(1, min(size, 512, OUTPUT_BYTES // (4 * max(1, vocabulary))))
-        cache = binding.CACHE_TYPES[options.cache]
+        cache = CacheTypes.parse(options.cache)
         params = c.llama_context_default_params()
         params.set(binding.CONTEXT_SIZE, "3I", size, batch_size, batch_size)
         params.set(binding.CONTEXT_THREADS, "2i", threads, threads)
-        # the flash-attention kernel keeps V in float16; a quantized V cache exists only there
-        params.set(binding.CONTEXT_FLASH_ATTENTION, "i", 1 if options.cache == "q8_0" else 0)
-        params.set(binding.CONTEXT_CACHE_TYPES, "2i", cache, cache)
+        # the flash-attention kernel sums in float16 where V is float16; a quantized V cache exists only there
+        params.set(binding.CONTEXT_FLASH_ATTENTION, "i", int(cache.flash_attention))
+        numbers = binding.CACHE_NUMBERS
+        params.set(binding.CONTEXT_CACHE_TYPES, "2i", numbers[cache.keys], numbers[cache.values])
         context = c.llama_init_from_model(model, params)
         if not context:
             raise UnsupportedError(f"llama.cpp cannot make a context of {size} tokens: {library.log.reason()}")
         try:
-            _expect_settings(library, context, (size, batch_size, threads), options.cache)
+            _expect_settings(library, context, (size, batch_size, threads), cache)
         except BaseException:
             c.llama_free(context)
             raise
@@ -304,6 +302,7 @@ class LlamaCppRuntime:
     """The runtime of GGUF files."""
 
     name = "llama.cpp"
+    default_cache: str | None = DEFAULT
 
     def check(self, artifact: Path) -> list[str]:
         """Every reason why the file cannot be opened here, found without loading it."""
@@ -318,9 +317,11 @@ class LlamaCppRuntime:
             refusal = str(error)
         return reasons + ([refusal] if refusal else [])
 
-    def load(self, artifact: Path, context: int = 512, threads: int | None = None) -> LlamaCpp:
-        """`LlamaCpp.open` with exact settings."""
-        return LlamaCpp.open(artifact, context, threads)
+    def load(
+        self, artifact: Path, context: int = 512, threads: int | None = None, cache: str | None = None
+    ) -> LlamaCpp:
+        """`LlamaCpp.open` with exact settings, but for the key-value cache when its types are given."""
+        return LlamaCpp.open(artifact, context, threads, None if cache is None else Options(cache))
 
 
 RUNTIME = LlamaCppRuntime()
@@ -350,7 +351,7 @@ def _load_model(library: binding.Library, path: Path, options: Options) -> int:
     return int(model)
 
 
-def _expect_settings(library: binding.Library, context: int, wanted: tuple[int, int, int], cache: str) -> None:
+def _expect_settings(library: binding.Library, context: int, wanted: tuple[int, int, int], cache: CacheTypes) -> None:
     """Raise UnsupportedError unless the context took the settings: a wrong struct layout must not pass unseen."""
     c, (size, batch, threads) = library.c, wanted
     taken = (c.llama_n_batch(context), c.llama_n_ubatch(context), c.llama_n_threads(context))
@@ -358,7 +359,7 @@ def _expect_settings(library: binding.Library, context: int, wanted: tuple[int, 
     found = {
         "size": 0 <= c.llama_n_ctx(context) - size < 256,
         "batch and threads": taken == (batch, batch, threads),
-        "cache type": any(f"K ({cache})" in line and f"V ({cache})" in line for line in lines),
+        "cache type": any(f"K ({cache.keys})" in line and f"V ({cache.values})" in line for line in lines),
     }
     wrong = [name for name, as_wanted in found.items() if not as_wanted]
     if wrong:

@@ -24,6 +24,7 @@ from anyquant.formats.decoded import DecodedArtifact
 from anyquant.formats.masks import without_masks
 from anyquant.grids import grid as find_grid
 from anyquant.models.architecture import Architecture
+from anyquant.runtimes.kv_cache import cannot_tell
 from anyquant.store.files import SourceFile
 from anyquant.store.safetensors import SafetensorsCheckpoint, read_header
 from anyquant.store.safetensors_layout import write_safetensors_header
@@ -104,7 +105,7 @@ class CompressedTensorsFormat:
             ):
                 reasons.append(f"{item.name}: norms and biases stay in the type of the source, F32, F16 or BF16")
         if plan.kv_cache is not None:
-            reasons.append("a quantized key-value cache is not written to compressed-tensors yet")
+            reasons.append(cannot_tell(plan.kv_cache))
         return reasons
 
     def layout(self, architecture: Architecture, plan: Plan, checkpoint: Checkpoint) -> Layout:

@@ -22,6 +22,7 @@ from anyquant.formats.gguf.writer import TensorInfo, header, new_writer, place
 from anyquant.formats.masks import refuse_corrections, without_masks
 from anyquant.grids import grid as find_grid
 from anyquant.models.architecture import Architecture
+from anyquant.runtimes.kv_cache import CacheTypes
 from anyquant.store.gguf import GGUFFile
 from anyquant.store.open import ARTIFACT
 
@@ -76,6 +77,8 @@ class GGUFFormat:
         except UnsupportedError as error:
             return [str(error)]
         reasons = [*_refuse_shape(architecture), *refuse_scaling(architecture), *_refuse_plan(plan, named)]
+        if plan.kv_cache is not None:
+            reasons += CacheTypes.parse(plan.kv_cache).refuses(architecture.dimensions.head_dim)
         try:
             read_tokenizer(checkpoint, architecture.dimensions.vocabulary)
         except UnsupportedError as error:
@@ -205,8 +208,6 @@ def _refuse_plan(plan: Plan, named: tuple[Target, ...]) -> list[str]:
                 reasons.append(f"{linear.name}: GGUF does not describe quantized activations")
         if len({plan.decisions[linear.name].grid for linear in target.linears}) > 1:
             reasons.append(f"{target.name} is one tensor and cannot lie on several grids")
-    if plan.kv_cache is not None:
-        reasons.append("the key-value cache type is an option of llama.cpp, not part of a GGUF file")
     return reasons
 
 

@@ -20,6 +20,7 @@ from anyquant.formats.gguf.layouts import layout
 from anyquant.formats.gguf.names import family_of
 from anyquant.formats.gguf.presets import tables
 from anyquant.models.architecture import Architecture
+from anyquant.runtimes.kv_cache import KV_CACHE
 
 # general.file_type of a file whose plan is no preset, by the type of most of its weights (llama_ftype in llama.h)
 FILE_TYPES = {
@@ -53,7 +54,8 @@ def add_metadata(writer: Any, architecture: Architecture, plan: Plan, checkpoint
     """Add everything but the tokenizer to a `gguf.GGUFWriter`.
 
     llama.cpp attends to all earlier tokens in these families, so a model with a sliding window is described with the
-    window as its context: within it the two computations are the same.
+    window as its context: within it the two computations are the same. The types of the key-value cache that the file
+    was planned for are told to llama.cpp by flags; the key is for those who judge or run the file later.
     """
     sizes = architecture.dimensions
     writer.add_name(display_name(checkpoint))
@@ -72,6 +74,8 @@ def add_metadata(writer: Any, architecture: Architecture, plan: Plan, checkpoint
     writer.add_rope_dimension_count(sizes.rope_dim)
     writer.add_rope_freq_base(sizes.rope_theta)
     _add_scaling(writer, architecture)
+    if plan.kv_cache is not None:
+        writer.add_string(KV_CACHE, plan.kv_cache)
 
 
 def display_name(checkpoint: Checkpoint) -> str:
