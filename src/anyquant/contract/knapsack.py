@@ -111,8 +111,8 @@ def _hull(entry: Menu) -> list[int]:
 def solve(menus: list[Menu], budget: int, most_states: int) -> tuple[Int64, float]:
     """The position taken in every menu, and a lower bound of the loss of any solution.
 
-    The bound lies one part in 10^9 below the solution's loss at most, unless states were dropped. The budget must allow the
-    smallest line of every menu.
+    The bound lies one part in 10^9 below the solution's loss at most, unless states were dropped. The budget must
+    allow the smallest line of every menu.
     """
     ascent = steps(menus)
     spent, losses = ascent.curve(_total([m.nbytes[:1] for m in menus]), float(sum(m.loss[0] for m in menus)))

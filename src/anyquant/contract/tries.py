@@ -1,0 +1,162 @@
+"""What a search is given, and the record of what it tried."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from anyquant.contract.allocate import Allocation, BudgetTooSmallError, Choice, Group, allocate
+from anyquant.contract.measured import Measured
+from anyquant.core.errors import AnyQuantError
+
+_ROUNDS = 40  # of lowering the budget until the exact bytes hold
+
+
+def never() -> bool:
+    return False
+
+
+def silent(text: str) -> None:
+    """Say nothing."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`nbytes` gives the exact bytes of a choice's files, `measure` its quality on *select*, which costs much.
+
+    `start` is the predicted loss to begin at: the limit on mean KL where there is one. `kinds` names for every group
+    what its prediction may be wrong about in common with others, such as its role; without it neighbours share.
+    """
+
+    groups: Sequence[Group]
+    nbytes: Callable[[Choice], int]
+    measure: Callable[[Choice], Measured]
+    start: float | None = None
+    max_bytes: int | None = None
+    kinds: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """At most `evaluations` measurements; `expired` says that time is over; bytes are found to within `tolerance`.
+
+    `spread` is the standard error on *certify* as a multiple of that on *select*.
+    """
+
+    evaluations: int = 12
+    expired: Callable[[], bool] = never
+    tolerance: float = 0.005
+    spread: float = 1.0
+
+
+@dataclass(frozen=True)
+class Try:
+    """One choice: exact bytes, summed predictions, what was measured (None: nothing), and whether all limits held.
+
+    `score` is that of the limit worst met, see `Measured.score`; `step` says why it was tried.
+    """
+
+    number: int
+    choice: Choice
+    nbytes: int
+    predicted: float
+    measured: Measured | None
+    score: float
+    passed: bool
+    step: str
+
+
+class Session:
+    """Tries in their order, at most as many as the effort allows, none twice."""
+
+    def __init__(self, problem: Problem, effort: Effort, say: Callable[[str], None]) -> None:
+        self.problem = problem
+        self.effort = effort
+        self.tries: list[Try] = []
+        self._say = say
+        self._losses = {group.name: {each.name: each.loss for each in group.candidates} for group in problem.groups}
+        self._known: set[tuple[str, ...]] = set()
+        smallest = allocate(problem.groups, _least(problem.groups))
+        self.smallest = problem.nbytes(smallest.choice)
+        self.overhead = self.smallest - smallest.nbytes
+
+    @property
+    def left(self) -> int:
+        return 0 if self.effort.expired() else max(self.effort.evaluations - len(self.tries), 0)
+
+    def predicted(self, choice: Choice) -> float:
+        return math.fsum(self._losses[group][name] for group, name in choice.items())
+
+    def loss(self, group: str, candidate: str) -> float:
+        return self._losses[group][candidate]
+
+    def known(self, choice: Choice) -> bool:
+        return self._key(choice) in self._known
+
+    def fit(self, groups: Sequence[Group], limit: int) -> tuple[Choice, int]:
+        """The choice of least loss whose exact bytes are at most `limit`, and those bytes.
+
+        Exact bytes are not quite the sum of the groups' (headers, alignment), so the budget is corrected until they
+        hold. Raises BudgetTooSmallError when the smallest choice is too large.
+        """
+        best: tuple[float, Choice, int] | None = None
+        budget = limit - self.overhead
+        for _ in range(_ROUNDS):
+            try:
+                found = allocate(groups, budget)
+            except BudgetTooSmallError:
+                break
+            exact = self.problem.nbytes(found.choice)
+            if exact <= limit:
+                if best is None or found.loss < best[0]:
+                    best = (found.loss, found.choice, exact)
+                room = limit - exact - (budget - found.nbytes)
+                if room <= 0:
+                    break
+                budget += room
+            else:
+                if best is not None:
+                    break
+                budget = min(budget, found.nbytes) - (exact - limit)
+        if best is not None:
+            return best[1], best[2]
+        return self._smallest(groups, limit)
+
+    def _smallest(self, groups: Sequence[Group], limit: int) -> tuple[Choice, int]:
+        found: Allocation = allocate(groups, _least(groups))
+        exact = self.problem.nbytes(found.choice)
+        if exact > limit:
+            raise BudgetTooSmallError(limit, exact)
+        return found.choice, exact
+
+    def attempt(self, choice: Choice, step: str) -> Try:
+        """Measure a choice, and record it. Raises AnyQuantError when no measurement is left."""
+        if len(self.tries) >= self.effort.evaluations:
+            raise AnyQuantError(f"search: all {self.effort.evaluations} measurements are used")
+        measured = self.problem.measure(choice)
+        tried = self.judged(choice, measured, step)
+        self.tries.append(tried)
+        self._known.add(self._key(choice))
+        self._say(sentence(tried))
+        return tried
+
+    def judged(self, choice: Choice, measured: Measured | None, step: str) -> Try:
+        nbytes, limit = self.problem.nbytes(choice), self.problem.max_bytes
+        score = math.inf if measured is None else measured.score(self.effort.spread)
+        passed = score <= 0 and (limit is None or nbytes <= limit)
+        return Try(len(self.tries) + 1, choice, nbytes, self.predicted(choice), measured, score, passed, step)
+
+    def _key(self, choice: Choice) -> tuple[str, ...]:
+        return tuple(choice[group.name] for group in self.problem.groups)
+
+
+def sentence(tried: Try) -> str:
+    """One line about a try."""
+    text = f"try {tried.number}: {tried.nbytes:,} bytes, predicted {tried.predicted:.4g}"
+    if tried.measured is None:
+        return text + ", not measured"
+    text += f", measured {tried.measured.loss:.4g} ± {tried.measured.standard_error:.2g}"
+    return f"{text}: {'pass' if tried.passed else 'fail'} ({tried.step})"
+
+
+def _least(groups: Sequence[Group]) -> int:
+    return sum(min((each.nbytes for each in group.candidates), default=0) for group in groups)
