@@ -7,8 +7,9 @@ from typing import Protocol, runtime_checkable
 from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.dtypes import Bytes, Float32
 from anyquant.core.linear import Linear
-from anyquant.core.plan import Chunk, Layout, Part, Plan, Unit
+from anyquant.core.plan import Chunk, Layout, Part, Plan, TargetFile, Unit
 from anyquant.core.qtensor import QTensor
+from anyquant.formats.certificate import Certificate
 from anyquant.models.architecture import Architecture
 
 # small files of the source that go along, where there are any
@@ -97,6 +98,10 @@ class Format(Rules, Protocol):
 
     def carry(self, unit: Unit, architecture: Architecture, values: Float32) -> list[Chunk]:
         """The bytes of a carried tensor."""
+        ...
+
+    def stamp(self, file: TargetFile, certificate: Certificate) -> bytes | None:
+        """The prefix of a file of the layout with this certificate in it, as long as before; None: it has none."""
         ...
 
     def parts(self, folder: Path) -> Mapping[str, Part]:

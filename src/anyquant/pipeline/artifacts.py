@@ -1,22 +1,32 @@
 """What can be done with an artifact that is there: look into it, measure it, let it speak."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import gettempdir
 
-from anyquant.calibrate.sources import FIELD, read_documents
-from anyquant.calibrate.text import demo_splits, up_to, within
+from anyquant.calibrate.sources import FIELD, read_documents, require_source
+from anyquant.calibrate.text import Document, demo_splits, digest, up_to, within
 from anyquant.core.checkpoint import Checkpoint, TensorSpec
 from anyquant.core.errors import AnyQuantError, BadInputError, InconclusiveError, UnsupportedError, UsageError
 from anyquant.core.progress import Progress
 from anyquant.evaluation.measures import Measures
+from anyquant.formats.certificate import Certificate, read_certificate
 from anyquant.grids import grid as find_grid
 from anyquant.models.detect import detect
+from anyquant.pipeline.certificate import (
+    Record,
+    Reproduction,
+    expect_measured,
+    read_record,
+    unlike_measured,
+    unlike_stated,
+)
 from anyquant.pipeline.measure import ReferenceLogits, answers, compare
+from anyquant.pipeline.recipe import Calibration
 from anyquant.pipeline.targets import expect_libraries
-from anyquant.pipeline.texts import source_tokenizer, usable_context
+from anyquant.pipeline.texts import load_splits, source_tokenizer, usable_context
 from anyquant.runtimes import RUNTIMES
 from anyquant.runtimes.kv_cache import KV_CACHE, CacheTypes, cannot_tell
 from anyquant.runtimes.transformers import TransformersRuntime
@@ -42,6 +52,7 @@ class Contents:
     metadata: Mapping[str, object]
     tied: bool | None
     problem: str
+    certificate: Certificate | None = None
 
     @property
     def nbytes(self) -> int:
@@ -67,15 +78,17 @@ def inspect(path: Path) -> Contents:
         return _state(path)
     checkpoint = open_checkpoint(path)
     tensors = tuple(checkpoint.spec(name) for name in checkpoint.names())
+    sealed = read_certificate(checkpoint.metadata, checkpoint.config, str(path))
     if isinstance(checkpoint, GGUFFile):
         family = str(checkpoint.metadata.get("general.architecture", "unknown"))
-        return Contents(str(path), "gguf", family, tensors, checkpoint.metadata, None, "")
+        return Contents(str(path), "gguf", family, tensors, checkpoint.metadata, None, "", sealed)
     try:
         architecture = detect(checkpoint)
     except AnyQuantError as error:
         family = str(checkpoint.config.get("model_type", "unknown"))
-        return Contents(str(path), "safetensors", family, tensors, checkpoint.config, None, str(error))
-    return Contents(str(path), "safetensors", architecture.family, tensors, checkpoint.config, architecture.tied, "")
+        return Contents(str(path), "safetensors", family, tensors, checkpoint.config, None, str(error), sealed)
+    config, tied = checkpoint.config, architecture.tied
+    return Contents(str(path), "safetensors", architecture.family, tensors, config, tied, "", sealed)
 
 
 def _state(folder: Path) -> Contents:
@@ -131,9 +144,7 @@ def evaluate(artifact: Path, against: Path, judging: Judging, progress: Progress
 
     On the default text only its *certify* documents are used, so that a run of `make` can be reproduced.
     """
-    expect_libraries(runtime_name(artifact))
-    open_checkpoint(artifact)  # refuses a damaged or incomplete artifact with a reason
-    _refuse_changed(artifact)
+    _expect_sound(artifact)
     source: Checkpoint = open_checkpoint(against)
     architecture = detect(source)
     tokenizer = within(source_tokenizer(source), architecture.dimensions.vocabulary)
@@ -144,12 +155,62 @@ def evaluate(artifact: Path, against: Path, judging: Judging, progress: Progress
         documents = read_documents(judging.text, tokenizer, context, tokens=judging.tokens, field=judging.field)
     if not documents:
         raise InconclusiveError("the text is too short to measure on; give a longer one")
+    return _measured(artifact, source, documents, judging, progress)
+
+
+def reproduce(artifact: Path, against: Path, judging: Judging, progress: Progress) -> Reproduction:
+    """Measure again what the artifact's certificate says, on the *certify* text of the run that made it.
+
+    That text is found by the report beside the artifact, or is `judging.text`, divided as that run did it. Raises
+    BadInputError without a certificate, InconclusiveError for one that nothing was measured for.
+    """
+    _expect_sound(artifact)
+    opened = open_checkpoint(artifact)
+    sealed = expect_measured(read_certificate(opened.metadata, opened.config, str(artifact)), artifact)
+    source: Checkpoint = open_checkpoint(against)
+    architecture = detect(source)
+    record = read_record(artifact)
+    documents = load_splits(source_tokenizer(source), architecture, *_certified(record, judging)).certify
+    differences = unlike_stated(sealed, opened, record, documents)
+    if digest(documents) != sealed.text_sha256:
+        return Reproduction(sealed, None, tuple(differences))
+    measures = _measured(artifact, source, documents, judging, progress)
+    return Reproduction(sealed, measures, (*differences, *unlike_measured(sealed, record, measures)))
+
+
+def _certified(record: Record | None, judging: Judging) -> tuple[Calibration, int]:
+    """How a run divided its text: as its report says, with what the user says on top."""
+    calibration = Calibration() if record is None else record.calibration
+    if judging.text is not None:
+        calibration = replace(calibration, text=judging.text)
+    elif calibration.text is not None:
+        try:
+            require_source(calibration.text)
+        except BadInputError as error:
+            raise BadInputError(
+                f"{error}: it is the text of the certificate; name its place with --text, or measure on another text "
+                "with --no-certificate"
+            ) from None
+    return calibration, 0 if record is None else record.contract.certify_tokens
+
+
+def _expect_sound(artifact: Path) -> None:
+    """Refuse a damaged, incomplete or changed artifact, and missing libraries, with a reason."""
+    expect_libraries(runtime_name(artifact))
+    open_checkpoint(artifact)
+    _refuse_changed(artifact)
+
+
+def _measured(
+    artifact: Path, source: Checkpoint, documents: Sequence[Document], judging: Judging, progress: Progress
+) -> Measures:
+    architecture = detect(source)
     longest = max(len(document.tokens) for document in documents)
     runtime, cache = RUNTIMES.get(runtime_name(artifact)), cache_of(artifact, judging.kv_cache)
     with runtime.load(entry_of(artifact), longest, judging.threads, cache) as session:
         if session.vocabulary != architecture.dimensions.vocabulary:
             raise BadInputError(
-                f"{artifact} has a vocabulary of {session.vocabulary}, {against} of "
+                f"{artifact} has a vocabulary of {session.vocabulary}, {source.location} of "
                 f"{architecture.dimensions.vocabulary}: it was made from another model"
             )
         reference = ReferenceLogits(TransformersRuntime(source, architecture), documents, Path(gettempdir()), progress)

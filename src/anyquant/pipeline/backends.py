@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from anyquant.calibrate.text import Document
-from anyquant.core.errors import AnyQuantError
+from anyquant.core.errors import AnyQuantError, UsageError
 from anyquant.core.progress import Progress, Silent
 from anyquant.evaluation.measures import Measures
 from anyquant.evaluation.speed import measure_speed
@@ -53,6 +53,10 @@ class Backend(Protocol):
         """The artifact's distributions against the reference's."""
         ...
 
+    def open(self, job: Job, stage: Stage, context: int) -> Session:
+        """The artifact in its runtime, for sequences of up to `context` tokens. Raises UsageError without a runtime."""
+        ...
+
     def prove(self, job: Job, stage: Stage, documents: Sequence[Document], encode: Callable[[str], list[int]]) -> Proof:
         """That the runtime computes what the artifact's bytes say. Raises AnyQuantError when it does not."""
         ...
@@ -79,13 +83,18 @@ class RuntimeBackend:
         return verify(quantized.job, stage.folder, self._written, statistics, self.threads, self.progress)
 
     def measure(self, job: Job, stage: Stage, reference: ReferenceLogits, label: str) -> Measures:
-        cache = job.plan.kv_cache or self.runtime.default_cache
-        with self._session(job, stage, reference.documents, cache) as session:
+        with self.open(job, stage, _longest(reference.documents)) as session:
             return compare(answers(session, reference.documents), reference, self.progress, label)
 
+    def open(self, job: Job, stage: Stage, context: int) -> Session:
+        """As its users have it: the loss is that of weights and key-value cache together."""
+        cache = job.plan.kv_cache or self.runtime.default_cache
+        return self.runtime.load(stage.folder / job.format.entry, context, self.threads, cache)
+
     def prove(self, job: Job, stage: Stage, documents: Sequence[Document], encode: Callable[[str], list[int]]) -> Proof:
+        """With an exact key-value cache."""
         decoded = writable(job).open(stage.folder, job.architecture)
-        with self._session(job, stage, documents) as session:
+        with self.runtime.load(stage.folder / job.format.entry, _longest(documents), self.threads) as session:
             direct = check_conversion(session, decoded, job.architecture, job.checkpoint, documents, encode)
             speed = measure_speed(session, documents[0].tokens[:SPEED_PROMPT], 16, 3, self.clock)
         exact = all(self.target.exact(decision.grid) for decision in job.plan.decisions.values())
@@ -106,11 +115,6 @@ class RuntimeBackend:
                 f"{found.mean_kl:.2e}, the limit is {limit:g}; nothing was published"
             )
         return found.with_limit(limit)
-
-    def _session(self, job: Job, stage: Stage, documents: Sequence[Document], cache: str | None = None) -> Session:
-        """The loss is that of weights and key-value cache together; the conversion is proved with an exact cache."""
-        longest = max(len(document.tokens) for document in documents)
-        return self.runtime.load(stage.folder / job.format.entry, longest, self.threads, cache)
 
 
 class StateBackend:
@@ -137,9 +141,16 @@ class StateBackend:
         candidates = TransformersRuntime(weights, job.architecture, rounding=rounding).logits(ids, self.progress)
         return compare(candidates, reference, Silent(), label)
 
+    def open(self, job: Job, stage: Stage, context: int) -> Session:
+        raise UsageError("--max-drop runs the artifact, and nothing runs the neutral state; name a target with --for")
+
     def prove(self, job: Job, stage: Stage, documents: Sequence[Document], encode: Callable[[str], list[int]]) -> Proof:
         """No runtime but the reference reads the state: there is no conversion to prove."""
         return Proof(None, {})
+
+
+def _longest(documents: Sequence[Document]) -> int:
+    return max(len(document.tokens) for document in documents)
 
 
 def backend_for(target: Target, threads: int, progress: Progress, clock: Callable[[], float]) -> Backend:

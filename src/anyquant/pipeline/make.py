@@ -10,9 +10,11 @@ from pathlib import Path
 
 from anyquant import __version__
 from anyquant.calibrate.text import Document, Splits, Tokenizer
+from anyquant.contract.metrics import CERTIFY, SELECT
 from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.errors import OutputError, UsageError
 from anyquant.core.progress import Progress
+from anyquant.evaluation.drops import Drop
 from anyquant.evaluation.limits import Contract
 from anyquant.evaluation.measures import Measures
 from anyquant.evaluation.verdict import Status, Verdict, judge
@@ -23,7 +25,9 @@ from anyquant.models.detect import detect
 from anyquant.pipeline import report as reporting
 from anyquant.pipeline.accounts import make_ledger
 from anyquant.pipeline.backends import Proof, backend_for
+from anyquant.pipeline.certificate import certificate_of, seal
 from anyquant.pipeline.measure import ReferenceLogits, loss_of
+from anyquant.pipeline.metrics import Meter
 from anyquant.pipeline.picture import Point
 from anyquant.pipeline.planner import Job, chain_of, make_job
 from anyquant.pipeline.prepare import prepare, prove_static
@@ -83,6 +87,7 @@ class _Evidence:
 
     points: list[Point] = field(default_factory=list)
     measures: Measures | None = None
+    drops: tuple[Drop, ...] = ()
     proof: Proof = field(default_factory=lambda: Proof(None, {}))
 
 
@@ -115,6 +120,7 @@ class Maker:
         calibration = request.recipe.calibration
         self.measuring = not calibration.data_free or calibration.text is not None or request.contract.needs_measures
         self.importance = not calibration.data_free
+        self.meter = Meter(contract.max_drop, Path(request.checkpoint.location), self.original, request.threads)
         self.evidence = _Evidence()
         self.warnings: list[str] = []
         self.proofs: list[float] = []
@@ -133,6 +139,7 @@ class Maker:
         largest = max(job.layout.nbytes for job in plans)
         with Stage(request.out, request.overwrite, needed=largest) as stage:
             splits, tokenizer = self._texts()
+            self.meter.take_baselines((SELECT, CERTIFY) if request.climb else (CERTIFY,), self.progress)
             self._settle_transforms()
             self._prove_transforms(plans[0], splits)
             documents = None if splits is None or not self.importance else splits.calibrate
@@ -142,7 +149,9 @@ class Maker:
                 quantizer.keep_imatrix(stage.folder / IMATRIX, finished.job)
                 if splits is not None and tokenizer is not None:
                     self._certify(finished.job, stage, splits, tokenizer)
-                verdict = judge(self.evidence.measures, request.contract, finished.job.layout.nbytes)
+                size, drops = finished.job.layout.nbytes, self.evidence.drops
+                verdict = judge(self.evidence.measures, request.contract, size, drops)
+                finished = self._sealed(finished, verdict, splits, stage)
                 report = self._report(finished, verdict, splits)
                 for name, text in (
                     ("report.json", reporting.render_json(report)),
@@ -183,7 +192,7 @@ class Maker:
         context = usable_context(calibration.context, self.original)
         if context < calibration.context:
             self.progress.say(f"documents have {context} tokens at most, which is what this model takes")
-        return load_splits(tokenizer, self.original, calibration), tokenizer
+        return load_splits(tokenizer, self.original, calibration, self.request.contract.certify_tokens), tokenizer
 
     def _settle_transforms(self) -> None:
         """What transforms learn from the weights alone is learned here, where it is seen."""
@@ -228,7 +237,7 @@ class Maker:
                     f"  {job.plan.label:<8} {job.layout.nbytes:>14,} bytes   "
                     f"mean KL {measures.mean_kl.value:.5f} on select"
                 )
-                if _promising(measures, self.request.contract):
+                if _promising(measures, self.request.contract, self._drops(quantized.job, stage, SELECT)):
                     break
             else:
                 self.warnings.append("no preset of the ladder kept the contract on the select text: this is the last")
@@ -246,9 +255,29 @@ class Maker:
         finally:
             reference.close()
         self.evidence.measures = measures
+        self.evidence.drops = self._drops(job, stage, CERTIFY)
         self._point(job, measures, chosen=True)
         with self.watch.stage("prove"):
             self.evidence.proof = self.backend.prove(job, stage, splits.certify, tokenizer.whole)
+
+    def _drops(self, job: Job, stage: Stage, split: str) -> tuple[Drop, ...]:
+        """How much worse the staged artifact is by the metrics of the contract."""
+        if not self.meter:
+            return ()
+        with self.watch.stage("metrics"), self.backend.open(job, stage, self.meter.context) as session:
+            return self.meter.drops(session, split)
+
+    def _sealed(self, finished: Finished, verdict: Verdict, splits: Splits | None, stage: Stage) -> Finished:
+        """The verdict goes into the artifact itself."""
+        job, measures, contract = finished.job, self.evidence.measures, self.request.contract
+        certificate = certificate_of(job, self._status(verdict), contract, measures, splits)
+        with self.watch.stage("seal"):
+            hashes = seal(job, stage, certificate, finished.verified.hashes)
+        return replace(finished, verified=replace(finished.verified, hashes=hashes))
+
+    def _status(self, verdict: Verdict) -> str:
+        unmeasured = self.evidence.measures is None and self.request.contract.empty
+        return "unmeasured" if unmeasured else verdict.status.value
 
     def _reference(self, documents: Sequence[Document], stage: Stage) -> ReferenceLogits:
         runtime = TransformersRuntime(self.request.checkpoint, self.original)
@@ -276,7 +305,6 @@ class Maker:
         request, checkpoint = self.request, self.request.checkpoint
         job, verified = finished.job, finished.verified
         measures = self.evidence.measures
-        status = "unmeasured" if measures is None and request.contract.empty else verdict.status.value
         return Report(
             anyquant=__version__,
             model=request.location,
@@ -288,7 +316,7 @@ class Maker:
             nbytes=job.layout.nbytes,
             source_bytes=sum(checkpoint.spec(name).nbytes for name in checkpoint.names()),
             weights=job.weights,
-            status=status,
+            status=self._status(verdict),
             sentences=self._sentences(verdict),
             contract=request.contract.as_dict(),
             loss=None if measures is None else loss_of(measures, "certify"),
@@ -323,9 +351,9 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _promising(measures: Measures, contract: Contract) -> bool:
+def _promising(measures: Measures, contract: Contract, drops: Sequence[Drop]) -> bool:
     """Whether the bounds on *select* lie within every limit: good enough to be certified, not yet a verdict."""
-    checks = []
+    checks = [not drop.hindrance and drop.upper <= drop.limit.amount for drop in drops]
     if contract.max_kl is not None:
         checks.append(measures.mean_kl.upper <= contract.max_kl)
     if contract.max_kl_99_9 is not None:

@@ -46,25 +46,39 @@ def usable_context(wanted: int, architecture: Architecture) -> int:
     return min(limits)
 
 
-def load_splits(tokenizer: Tokenizer, architecture: Architecture, calibration: Calibration) -> Splits:
-    """Tokenized documents. Raises InconclusiveError when the text is too short for three disjoint splits.
+def load_splits(tokenizer: Tokenizer, architecture: Architecture, calibration: Calibration, certify: int = 0) -> Splits:
+    """Tokenized documents, at least `certify` tokens of them to certify on.
+
+    Raises InconclusiveError when the text is too short for that, or for three disjoint splits.
 
     A few long files cannot be divided between the splits as wholes: then their windows are, as those of a single file.
     """
     context = usable_context(calibration.context, architecture)
     tokenizer = within(tokenizer, architecture.dimensions.vocabulary)
     if calibration.text is None:
-        return demo_splits(tokenizer, context, calibration.tokens)
-    amounts = Amounts(tokens=(calibration.tokens, calibration.tokens // 3, calibration.tokens * 2 // 3))
+        return _enough(demo_splits(tokenizer, context, calibration.tokens), certify)
+    last = max(calibration.tokens * 2 // 3, certify)
+    amounts = Amounts(tokens=(calibration.tokens, calibration.tokens // 3, last))
     # few tokens must not make the text look short: the fewest documents of all splits are read in any case
     tokens = sum(max(pair[0], pair[1] * context) for pair in zip(amounts.tokens, amounts.documents, strict=True))
     documents = read_documents(calibration.text, tokenizer, context, tokens=tokens, field=calibration.field)
     if not documents:
         raise BadInputError(f"{calibration.text}: holds no text of two tokens or more to calibrate and measure on")
     try:
-        return split(documents, amounts)
+        found = split(documents, amounts)
     except InconclusiveError:
-        return split([replace(document, source=document.name) for document in documents], amounts)
+        found = split([replace(document, source=document.name) for document in documents], amounts)
+    return _enough(found, certify)
+
+
+def _enough(splits: Splits, certify: int) -> Splits:
+    tokens = token_count(splits.certify)
+    if tokens < certify:
+        raise InconclusiveError(
+            f"too little text for --max-kl-99-9: {tokens} tokens to certify on, {certify} are needed; give a --text "
+            f"about {-(-certify // max(tokens, 1))} times as long, or limit the mean with --max-kl"
+        )
+    return splits
 
 
 def describe(splits: Splits, calibration: Calibration, searched: bool) -> dict[str, object]:

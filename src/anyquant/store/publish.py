@@ -120,6 +120,17 @@ class Stage:
         self.write_at(descriptor, 0, data)
         self.finish(descriptor)
 
+    def replace_start(self, relative: str, data: bytes) -> None:
+        """Other first bytes in a finished file of this stage, durable; its length stays."""
+        path = self._inside(relative)
+        with writing(path):
+            descriptor = self._system.open(path, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                pwrite_fully(self._system, descriptor, data, 0)
+                self._system.fsync(descriptor)
+            finally:
+                close_quietly(self._system, descriptor)
+
     def publish(self, hashes: Mapping[str, str] | None = None) -> Manifest:
         """Give the folder its final name, with a manifest of all files in it. Raises OutputError.
 

@@ -10,6 +10,7 @@ from typing import Any
 from anyquant.core.errors import BadInputError, UnsupportedError
 from anyquant.core.linear import Linear, Role
 from anyquant.core.plan import Plan
+from anyquant.formats.certificate import BLANK, OBJECT, WIDEST, Certificate
 from anyquant.formats.compressed_tensors.layouts import IntegerLayout, layout
 from anyquant.formats.masks import refuse_corrections
 from anyquant.models.architecture import Architecture
@@ -65,7 +66,21 @@ def model_config(source: Mapping[str, Any], architecture: Architecture, plan: Pl
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }
-    return (json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode()
+    return _rendered(config, BLANK)
+
+
+def stamp_config(text: bytes, certificate: Certificate) -> bytes:
+    """A config.json of `model_config` with its certificate filled in, as many bytes as before."""
+    return _rendered(json.loads(text), certificate)
+
+
+def _rendered(config: Mapping[str, Any], certificate: Certificate) -> bytes:
+    """Padded behind the object with blanks, which JSON ignores, to the length that any certificate allows."""
+
+    def text(one: Certificate) -> bytes:
+        return json.dumps({**config, OBJECT: one.plain()}, indent=2, ensure_ascii=False, sort_keys=True).encode()
+
+    return text(certificate).ljust(len(text(WIDEST))) + b"\n"
 
 
 def _integer_layout(linears: tuple[Linear, ...], plan: Plan) -> IntegerLayout | None:

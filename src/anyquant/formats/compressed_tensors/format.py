@@ -18,7 +18,13 @@ from anyquant.core.plan import Chunk, Layout, Part, Plan, TargetFile, Unit
 from anyquant.core.qtensor import QTensor
 from anyquant.core.registry import suggest
 from anyquant.formats.base import COMPANIONS
-from anyquant.formats.compressed_tensors.config import model_config, read_integer_layout, refuse_grids
+from anyquant.formats.certificate import OBJECT, Certificate
+from anyquant.formats.compressed_tensors.config import (
+    model_config,
+    read_integer_layout,
+    refuse_grids,
+    stamp_config,
+)
 from anyquant.formats.compressed_tensors.layouts import FLOATS, IntegerLayout, layout
 from anyquant.formats.decoded import DecodedArtifact
 from anyquant.formats.masks import without_masks
@@ -30,6 +36,7 @@ from anyquant.store.safetensors import SafetensorsCheckpoint, read_header
 from anyquant.store.safetensors_layout import write_safetensors_header
 
 FILE = "model.safetensors"
+CONFIG = "config.json"
 APART = (Role.EMBEDDING, Role.HEAD, Role.ROUTER)
 # what vLLM loads as one matrix (packed_modules_mapping), however it is stored
 FUSED = {
@@ -124,12 +131,16 @@ class CompressedTensorsFormat:
             units += [Unit(item.name, (), (item.name,), GRIDS[dtype], (name,)) for item in items]
             tensors.append((name, dtype, (sum(item.length for item in items),)))
         weights = _weights_file(tensors)
-        small = [TargetFile("config.json", text := model_config(checkpoint.config, architecture, plan), (), len(text))]
+        small = [TargetFile(CONFIG, text := model_config(checkpoint.config, architecture, plan), (), len(text))]
         for name in COMPANIONS:
             data = checkpoint.text_file(name)
             if data is not None:
                 small.append(TargetFile(name, data, (), len(data)))
         return Layout((weights, *small), tuple(units))
+
+    def stamp(self, file: TargetFile, certificate: Certificate) -> bytes | None:
+        """See formats.base: config.json has it."""
+        return stamp_config(file.prefix, certificate) if file.path == CONFIG else None
 
     def pack(self, unit: Unit, architecture: Architecture, linear: str, first_row: int, rows: QTensor) -> list[Chunk]:
         """See formats.base. The shape tensor of a module goes with its first row."""
@@ -179,7 +190,7 @@ class CompressedTensorsFormat:
         return {one.name: Part(one.name, one.dtype, one.shape, one.offset, one.nbytes) for one in entries}
 
     def open(self, artifact: Path, architecture: Architecture) -> Checkpoint:
-        """See formats.base; `artifact` is the folder. Its config is the source's, without quantization_config."""
+        """See formats.base; `artifact` is the folder. Its config is the source's, without what we put there."""
         stored = SafetensorsCheckpoint(artifact)
         integer = read_integer_layout(stored.config, stored.location)
         names = set(stored.names())
@@ -199,7 +210,7 @@ class CompressedTensorsFormat:
             whole = to_float32(read(unit.parts[0], 0, stored.spec(unit.parts[0]).nbytes), FLOATS[unit.grid])
             return whole[item.start : item.start + item.length]
 
-        config = {key: value for key, value in stored.config.items() if key != "quantization_config"}
+        config = {key: value for key, value in stored.config.items() if key not in ("quantization_config", OBJECT)}
         return DecodedArtifact(stored.location, architecture, tuple(units), self, read, carried, config)
 
 

@@ -12,9 +12,10 @@ from anyquant.core.errors import BadInputError, UnsupportedError
 from anyquant.core.linear import Linear, Role
 from anyquant.core.plan import Chunk, Layout, Part, Plan, TargetFile, Unit
 from anyquant.core.qtensor import QTensor
+from anyquant.formats.certificate import BLANK, Certificate, stamp_gguf
 from anyquant.formats.decoded import DecodedArtifact
 from anyquant.formats.gguf.layouts import layout, layout_of_type
-from anyquant.formats.gguf.metadata import CONSTANTS, add_metadata, constants, refuse_scaling
+from anyquant.formats.gguf.metadata import CONSTANTS, add_certificate, add_metadata, constants, refuse_scaling
 from anyquant.formats.gguf.names import PAIRED, Target, family_of, paired_rows, targets
 from anyquant.formats.gguf.presets import beside, fallback, resolve, tables
 from anyquant.formats.gguf.tokenizer import add_tokenizer, read_tokenizer
@@ -91,15 +92,20 @@ class GGUFFormat:
         units = tuple(_unit(target, architecture, _common_grid(target, plan)) for target in named)
         infos = [_info(target, unit) for target, unit in zip(named, units, strict=True)]
         writer = new_writer(family_of(architecture).arch)
+        add_certificate(writer)
         add_metadata(writer, architecture, plan, checkpoint)
         add_tokenizer(writer, read_tokenizer(checkpoint, architecture.dimensions.vocabulary))
-        prefix = header(writer, constants(architecture), infos)
+        prefix = stamp_gguf(header(writer, constants(architecture), infos), BLANK)
         offsets, size = place(len(prefix), infos)
         parts = tuple(
             Part(info.name, info.ggml_type, info.shape, offset, info.nbytes)
             for info, offset in zip(infos, offsets, strict=True)
         )
         return Layout((TargetFile(ARTIFACT, prefix, parts, size),), units)
+
+    def stamp(self, file: TargetFile, certificate: Certificate) -> bytes | None:
+        """See formats.base."""
+        return stamp_gguf(file.prefix, certificate)
 
     def pack(self, unit: Unit, architecture: Architecture, linear: str, first_row: int, rows: QTensor) -> list[Chunk]:
         """See formats.base. Raises UnsupportedError for column groups, and corrections other than masks of zeros."""

@@ -16,6 +16,7 @@ from anyquant.core.dtypes import Float32
 from anyquant.core.errors import UnsupportedError
 from anyquant.core.extras import require
 from anyquant.core.plan import Plan
+from anyquant.formats.certificate import KEY, STRING, UINT64, WIDTHS, kinds
 from anyquant.formats.gguf.layouts import layout
 from anyquant.formats.gguf.names import family_of
 from anyquant.formats.gguf.presets import tables
@@ -48,6 +49,17 @@ GUESSED = 1024
 YARN_FIXED = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
 # llama.cpp looks for these in general.name and then demands special tokens that byte-level vocabularies have not
 NAMES_WITH_A_MEANING = ("phi-3", "phi3", "modern-bert")
+
+
+def add_certificate(writer: Any) -> None:
+    """Room for the verdict, filled with blanks; before all other keys (see formats.certificate)."""
+    for name, kind in kinds():
+        if kind == STRING:
+            writer.add_string(KEY + name, " " * WIDTHS[name])
+        elif kind == UINT64:
+            writer.add_uint64(KEY + name, 0)
+        else:
+            writer.add_float64(KEY + name, 0.0)
 
 
 def add_metadata(writer: Any, architecture: Architecture, plan: Plan, checkpoint: Checkpoint) -> None:
