@@ -1,0 +1,189 @@
+"""The contract's search in terms of recipes and measured artifacts: what `contract/` gets, and what comes of it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from anyquant.contract.allocate import Allocation, Choice, Group, allocate, curve
+from anyquant.contract.measured import BOUND, Margin, Measured, at_least, at_most
+from anyquant.contract.search import Effort, Outcome, Problem, best_within_bytes, smallest_within_limits
+from anyquant.core.linear import Linear
+from anyquant.evaluation.drops import Drop
+from anyquant.evaluation.limits import Contract
+from anyquant.evaluation.measures import Measures
+from anyquant.grids import grid as find_grid
+from anyquant.models.architecture import Architecture
+from anyquant.pipeline.choice import Wanted, rules_of
+from anyquant.pipeline.planner import Job
+from anyquant.pipeline.recipe import Recipe, Rule
+
+STRONGER = "gptq"  # what rounding is exchanged for where that is measured to pay
+WORTH = 0.95  # of the loss of rounding: what a stronger algorithm must come down to
+ENOUGH_BITS = 8.0  # per weight: from here on rounding loses next to nothing
+PROBES = 2  # measurements that comparing two algorithms takes
+_TAIL_ERROR = 0.1  # relative standard error taken for the 99.9 % quantile where the text is too short for its bound
+
+
+@dataclass(frozen=True)
+class Space:
+    """What can be chosen: groups of Linears with their candidate grids, and the names of the Linears of each group."""
+
+    groups: tuple[Group, ...]
+    members: Mapping[str, tuple[str, ...]]
+
+    def kinds(self, architecture: Architecture) -> Mapping[str, str]:
+        """The role of each group's Linears: what predictions may be wrong about in common."""
+        return {name: architecture.by_name[linears[0]].role.value for name, linears in self.members.items()}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was measured of an artifact on *select*."""
+
+    measures: Measures
+    drops: Sequence[Drop] = ()
+
+
+class Search:
+    """One search. `plan` makes the job of a recipe; `measure` makes its artifact and measures it on *select*."""
+
+    def __init__(
+        self,
+        space: Space,
+        recipe: Recipe,
+        contract: Contract,
+        plan: Callable[[Recipe], Job],
+        measure: Callable[[Job], Found],
+    ) -> None:
+        self._space, self._recipe, self._contract = space, recipe, contract
+        self._plan, self._measure = plan, measure
+        self._algorithm: str | None = None
+        self._jobs: dict[tuple[str, ...], Job] = {}
+        self._measured: dict[tuple[str, ...], Measured] = {}
+        self._architecture = plan(recipe).architecture
+
+    def run(self, effort: Effort, stronger: bool, say: Callable[[str], None]) -> Outcome:
+        """The smallest plan within the limits, or the best within the bytes.
+
+        `stronger`: rounding may be exchanged for error feedback, if that is measured to lose less.
+        Raises BudgetTooSmallError when no plan is within the bytes.
+        """
+        groups: Sequence[Group] = self._space.groups
+        if stronger and effort.evaluations > PROBES:
+            groups, effort = self._compared(groups, say), replace(effort, evaluations=effort.evaluations - PROBES)
+        limits = self._contract
+        kinds = self._space.kinds(self._architecture)
+        problem = Problem(groups, self.nbytes, self.measured, limits.max_kl, limits.max_size, kinds)
+        search = smallest_within_limits if limits.needs_measures else best_within_bytes
+        return search(problem, effort, say)
+
+    def job(self, choice: Choice) -> Job:
+        """The plan of a choice."""
+        key = self._key(choice)
+        if key not in self._jobs:
+            self._jobs[key] = self._plan(replace(self._recipe, rules=(*self._rules(choice), *self._recipe.rules)))
+        return self._jobs[key]
+
+    def nbytes(self, choice: Choice) -> int:
+        """Exact bytes of all files of its artifact."""
+        return self.job(choice).layout.nbytes
+
+    def measured(self, choice: Choice) -> Measured:
+        """Its artifact on *select*."""
+        key = self._key(choice)
+        if key not in self._measured:
+            self._measured[key] = measured_of(self._measure(self.job(choice)), self._contract)
+        return self._measured[key]
+
+    def _compared(self, groups: Sequence[Group], say: Callable[[str], None]) -> Sequence[Group]:
+        """Measure one choice rounded and with error feedback, keep what loses less, and correct the predictions."""
+        probe = self._probe(groups)
+        rounded = self.measured(probe.choice).loss
+        self._algorithm = STRONGER
+        fed_back = self.measured(probe.choice).loss
+        share = fed_back / rounded if rounded > 0 else 1.0
+        if not share <= WORTH:
+            self._algorithm, share = None, 1.0
+        say(
+            f"{STRONGER} instead of rounding: mean KL {fed_back:.4g} instead of {rounded:.4g}, "
+            f"{'kept' if self._algorithm else 'not worth its time'}"
+        )
+        scale = rounded / probe.loss if probe.loss > 0 and rounded > 0 else 1.0
+        return [self._corrected(group, scale, share) for group in groups]
+
+    def _probe(self, groups: Sequence[Group]) -> Allocation:
+        """A choice near where the search will end."""
+        limits, predicted = self._contract, curve(groups)
+        smallest = allocate(groups, int(predicted.nbytes[0]))
+        budget = float(np.median(predicted.nbytes))
+        if limits.max_kl is not None:
+            budget = predicted.nbytes_for(limits.max_kl)
+        if limits.max_size is not None:
+            budget = min(budget, limits.max_size - (self.nbytes(smallest.choice) - smallest.nbytes))
+        return allocate(groups, max(int(budget), smallest.nbytes))
+
+    def _corrected(self, group: Group, scale: float, share: float) -> Group:
+        """Predictions scaled to what was measured; `share` of that for candidates that take the stronger algorithm."""
+        linear = self._architecture.by_name[self._space.members[group.name][0]]
+        candidates = [
+            replace(each, loss=each.loss * scale * (share if self._stronger(linear, each.name) else 1.0))
+            for each in group.candidates
+        ]
+        return replace(group, candidates=tuple(candidates))
+
+    def _rules(self, choice: Choice) -> tuple[Rule, ...]:
+        wanted = {
+            name: Wanted(grid, self._algorithm if self._stronger(self._architecture.by_name[name], grid) else None)
+            for group, grid in choice.items()
+            for name in self._space.members[group]
+        }
+        return rules_of(self._architecture, wanted)
+
+    def _stronger(self, linear: Linear, grid: str) -> bool:
+        """Whether the stronger algorithm is for this Linear on this grid, where it is used at all."""
+        few = find_grid(grid).bits(linear.shape) < ENOUGH_BITS * linear.weights
+        return few and linear.block is not None
+
+    def _key(self, choice: Choice) -> tuple[str, ...]:
+        return self._algorithm or "", *(choice[group.name] for group in self._space.groups)
+
+
+def measured_of(found: Found, contract: Contract) -> Measured:
+    """What was measured, with every limit on quality turned so that small values are good."""
+    measures = found.measures
+    margins: list[Margin] = []
+    if contract.max_kl is not None:
+        margins.append(at_most("mean KL", measures.mean_kl, contract.max_kl))
+    if contract.max_kl_99_9 is not None:
+        margins.append(_tail(measures, contract.max_kl_99_9))
+    if contract.max_ppl_increase is not None:
+        ratio = measures.ppl_ratio
+        increase = Margin(
+            "perplexity increase", ratio.value - 1, ratio.standard_error, contract.max_ppl_increase, ratio.upper - 1
+        )
+        margins.append(increase)
+    if contract.min_same_top is not None:
+        margins.append(at_least("same top token", measures.same_top, contract.min_same_top))
+    margins += [_drop(drop) for drop in found.drops]
+    rows = measures.per_document
+    return Measured(
+        measures.mean_kl.value,
+        measures.mean_kl.standard_error,
+        tuple(margins),
+        np.array([row.kl for row in rows]),
+        np.array([row.tokens for row in rows], dtype=np.float64),
+    )
+
+
+def _tail(measures: Measures, limit: float) -> Margin:
+    error = _TAIL_ERROR * measures.kl_99_9
+    upper = measures.kl_99_9_upper if measures.kl_99_9_certified else None
+    return Margin("99.9 % KL", measures.kl_99_9, error, limit, upper)
+
+
+def _drop(drop: Drop) -> Margin:
+    """A metric without bounds counts by its value: *certify* will say that it allows no verdict."""
+    bounded = not drop.hindrance
+    error = (drop.upper - drop.value) / BOUND if bounded else 0.0
+    return Margin(drop.limit.metric, drop.value, error, drop.limit.amount, drop.upper if bounded else None)
