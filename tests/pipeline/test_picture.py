@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from anyquant.pipeline.picture import HEIGHT, WIDTH, Point, error_map, human_bytes, size_and_loss
+from anyquant.pipeline.picture import HEIGHT, WIDTH, Point, error_map, frontier, human_bytes, size_and_loss
 
 HOSTILE = '</title><script>alert("x")</script>&'
 LEVELS = {"lossless": 0.0014, "compact": 0.03}
@@ -99,3 +99,12 @@ def test_the_error_map_darkens_with_the_error() -> None:
 )
 def test_bytes_for_people(nbytes: float, text: str) -> None:
     assert human_bytes(nbytes) == text
+
+
+def test_the_frontier_has_what_nothing_else_beats() -> None:
+    points = [point("a", 4, 0.1), point("b", 5, 0.2), point("c", 6, 0.05), point("d", 6, 0.06), point("e", 3, 0.3)]
+    assert [one.label for one in frontier(points)] == ["e", "a", "c"]
+    svg = size_and_loss(points, None, LEVELS, 100)
+    quiet = {mark.text for mark in parsed(svg).iter("text") if "quiet" in mark.attrib["class"]}
+    assert quiet == {"b", "d"}
+    assert "original" not in svg, "a search is shown from near"

@@ -7,11 +7,15 @@ from html import escape
 
 WIDTH, HEIGHT = 720, 380
 LEFT, RIGHT, TOP, BOTTOM = 78, 24, 20, 52
+_FEW = 3  # points that are shown beside the original
 
 
 @dataclass(frozen=True)
 class Point:
-    """One measured artifact: bytes, mean KL in nats with its interval, and whether it is the one delivered."""
+    """One measured artifact: bytes, mean KL in nats with its interval, and whether it is the one delivered.
+
+    `detail` is a line about what it is made of.
+    """
 
     label: str
     nbytes: int
@@ -19,6 +23,7 @@ class Point:
     low: float
     high: float
     chosen: bool
+    detail: str = ""
 
     @property
     def text(self) -> str:
@@ -63,11 +68,22 @@ class _Axes:
 
 
 def _axes(points: Sequence[Point], levels: Mapping[str, float], source: int) -> _Axes:
-    largest = max(source, *(point.nbytes for point in points))
+    """From nothing to the original; a search of many near one size is shown from near."""
+    sizes = [point.nbytes for point in points]
+    small, large = (0.0, max(source, *sizes) * 1.04) if len(points) <= _FEW else (0.96 * min(sizes), 1.05 * max(sizes))
     values = [v for p in points for v in (p.kl, p.low, p.high) if 0 < v < math.inf] + [
         v for v in levels.values() if v > 0
     ]
-    return _Axes(0, largest * 1.04, min(values) / 1.6, max(values) * 1.6)
+    return _Axes(small, large, min(values) / 1.6, max(values) * 1.6)
+
+
+def frontier(points: Sequence[Point]) -> list[Point]:
+    """Those to which no other is better in bytes and loss at once, the smallest first."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda one: (one.nbytes, one.kl)):
+        if not best or point.kl < best[-1].kl:
+            best.append(point)
+    return best
 
 
 def _grid(axes: _Axes) -> list[str]:
@@ -103,35 +119,49 @@ def size_and_loss(points: Sequence[Point], limit: float | None, levels: Mapping[
         y = axes.y(level)
         marks.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         marks.append(f'<text class="level-text" x="{LEFT + 6}" y="{y - 5:.1f}">{escape(name)}</text>')
-    x = axes.x(source)
-    marks.append(f'<line class="level" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-    marks.append(f'<text class="level-text end" x="{x - 6:.1f}" y="{TOP + 12}">original</text>')
+    if source <= axes.large:
+        x = axes.x(source)
+        marks.append(f'<line class="level" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+        marks.append(f'<text class="level-text end" x="{x - 6:.1f}" y="{TOP + 12}">original</text>')
     if limit is not None:
         y = axes.y(limit)
         marks.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        marks.append(f'<text class="limit-text" x="{x - 6:.1f}" y="{y - 6:.1f}">limit {limit:g}</text>')
-    line = " ".join(f"{axes.x(p.nbytes):.1f},{axes.y(p.kl):.1f}" for p in points)
+        edge = min(axes.x(source), WIDTH - RIGHT) - 6
+        marks.append(f'<text class="limit-text" x="{edge:.1f}" y="{y - 6:.1f}">limit {limit:g}</text>')
+    best = frontier([point for point in points if not point.chosen] or points)
+    line = " ".join(f"{axes.x(p.nbytes):.1f},{axes.y(p.kl):.1f}" for p in best)
     marks.append(f'<polyline class="curve" points="{line}"/>')
     delivered = {point.label for point in points if point.chosen}
     for index, point in enumerate(points):
-        x, y = axes.x(point.nbytes), axes.y(point.kl)
-        upper, lower = (axes.y(end) if math.isfinite(end) else y for end in (point.high, point.low))
-        kind = "chosen" if point.chosen else "point"
-        title = f"{point.label}: {point.nbytes:,} bytes, mean KL {point.kl:.5f} ({point.low:.5f} to {point.high:.5f})"
-        marks.append(f'<line class="bar {kind}" x1="{x:.1f}" x2="{x:.1f}" y1="{upper:.1f}" y2="{lower:.1f}"/>')
-        marks.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{7 if point.chosen else 4.5}">')
-        marks.append(f"<title>{escape(title)}</title></circle>")
-        if point.chosen or point.label not in delivered:
-            # of neighbours, every second label goes to the left and below
-            crowded = index % 2 == 0 and any(0 < axes.x(other.nbytes) - x < 70 for other in points)
-            right = f'x="{x + 9:.1f}" y="{y - 8:.1f}"'
-            place = f'x="{x - 9:.1f}" y="{y + 16:.1f}" text-anchor="end"' if crowded else right
-            marks.append(f'<text class="label {kind}" {place}>{escape(point.label)}</text>')
+        named = point.chosen or (point.label not in delivered and (len(points) <= _FEW or point in best))
+        marks += _mark(axes, index, point, points, named)
     marks.append(f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 10}">size of the artifact</text>')
     marks.append(
         f'<text class="axis" transform="translate(16 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)">mean KL, nats</text>'
     )
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss against size">{"".join(marks)}</svg>'
+
+
+def _mark(axes: _Axes, index: int, point: Point, points: Sequence[Point], named: bool) -> list[str]:
+    """A point with its interval, a link to its line in the table; a label that is not `named` shows under the mouse."""
+    x, y = axes.x(point.nbytes), axes.y(point.kl)
+    upper, lower = (axes.y(end) if math.isfinite(end) else y for end in (point.high, point.low))
+    kind = "chosen" if point.chosen else "point"
+    title = f"{point.label}: {point.nbytes:,} bytes, mean KL {point.kl:.5f} ({point.low:.5f} to {point.high:.5f})"
+    if point.detail:
+        title += f"\n{point.detail}"
+    # of neighbours, every second label goes to the left and below
+    crowded = index % 2 == 0 and any(0 < axes.x(other.nbytes) - x < 70 for other in points)
+    right = f'x="{x + 9:.1f}" y="{y - 8:.1f}"'
+    place = f'x="{x - 9:.1f}" y="{y + 16:.1f}" text-anchor="end"' if crowded else right
+    return [
+        f'<a href="#point-{index + 1}">',
+        f'<line class="bar {kind}" x1="{x:.1f}" x2="{x:.1f}" y1="{upper:.1f}" y2="{lower:.1f}"/>',
+        f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{7 if point.chosen else 4.5}">',
+        f"<title>{escape(title)}</title></circle>",
+        f'<text class="label {kind}{"" if named else " quiet"}" {place}>{escape(point.label)}</text>',
+        "</a>",
+    ]
 
 
 def error_map(cells: Sequence[tuple[int, str, float, str]]) -> str:
