@@ -7,10 +7,34 @@ report = aq.make("PATH", target="llama.cpp", quality="balanced", out="OUT")
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from anyquant.api import Calibration, Contract, DropLimit, Recipe, Report, evaluate, inspect, make, plan, run
+    from anyquant.api import (
+        Calibration,
+        Contract,
+        DropLimit,
+        Recipe,
+        Report,
+        evaluate,
+        inspect,
+        make,
+        plan,
+        reproduce,
+        run,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["Calibration", "Contract", "DropLimit", "Recipe", "Report", "evaluate", "inspect", "make", "plan", "run"]
+__all__ = [
+    "Calibration",
+    "Contract",
+    "DropLimit",
+    "Recipe",
+    "Report",
+    "evaluate",
+    "inspect",
+    "make",
+    "plan",
+    "reproduce",
+    "run",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The verbs in Python, the same as on the command line: make, plan, inspect, evaluate, run."""
+"""The verbs in Python, the same as on the command line: make, plan, inspect, evaluate (and reproduce), run."""
 
 import time
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ from anyquant.evaluation.measures import Measures
 from anyquant.formats import rules
 from anyquant.grids import names as grid_names
 from anyquant.pipeline import artifacts
+from anyquant.pipeline.certificate import Reproduction
 from anyquant.pipeline.cost import Planned, estimate
 from anyquant.pipeline.make import Maker, Request
 from anyquant.pipeline.planner import draft_job
@@ -168,15 +169,39 @@ def evaluate(
     context: int = Calibration().context,
     text_field: str = Calibration().field,
     threads: int | None = None,
+    kv_cache: str | None = None,
     progress: Progress | None = None,
 ) -> Measures:
-    """Measure an artifact in its runtime against the original on a text (all of it, up to `tokens`)."""
+    """Measure an artifact in its runtime against the original on a text (all of it, up to `tokens`).
+
+    `kv_cache`: types of llama.cpp's key-value cache, "q8_0" or "q8_0,q4_0" (keys, values); None: those that the
+    artifact was made for.
+    """
     return artifacts.evaluate(
         Path(artifact),
         model_path(against),
-        artifacts.Judging(None if text is None else str(text), tokens, context, threads or cores(), text_field),
+        artifacts.Judging(
+            None if text is None else str(text), tokens, context, threads or cores(), text_field, kv_cache
+        ),
         progress or Silent(),
     )
+
+
+def reproduce(
+    artifact: str | Path,
+    *,
+    against: str | Path,
+    text: str | Path | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Reproduction:
+    """Measure an artifact again as its certificate says it was, and compare.
+
+    The text is the one that its report names; `text` is where it lies now, if it was moved.
+    """
+    where = None if text is None else str(text)
+    judging = artifacts.Judging(where, None, Calibration().context, threads or cores())
+    return artifacts.reproduce(Path(artifact), model_path(against), judging, progress or Silent())
 
 
 def run(
@@ -187,9 +212,22 @@ def run(
     temperature: float = 0.0,
     seed: int = 0,
     threads: int | None = None,
+    kv_cache: str | None = None,
 ) -> Iterator[str]:
-    """Generate from `prompt` with an artifact in its own runtime, piece by piece."""
-    return artifacts.generate(Path(artifact), prompt, tokens, temperature, seed, threads or cores())
+    """Generate from `prompt` with an artifact in its own runtime, piece by piece. `kv_cache` as in `evaluate`."""
+    return artifacts.generate(Path(artifact), prompt, tokens, temperature, seed, threads or cores(), kv_cache)
 
 
-__all__ = ["Calibration", "Contract", "DropLimit", "Recipe", "Report", "evaluate", "inspect", "make", "plan", "run"]
+__all__ = [
+    "Calibration",
+    "Contract",
+    "DropLimit",
+    "Recipe",
+    "Report",
+    "evaluate",
+    "inspect",
+    "make",
+    "plan",
+    "reproduce",
+    "run",
+]

@@ -29,6 +29,7 @@ def command(path: str, tensors: bool, as_json: bool) -> None:
             "weights": contents.weights,
             "bytes": contents.nbytes,
             "problem": contents.problem,
+            "certificate": None if contents.certificate is None else contents.certificate.plain(),
             "tensors": [asdict(tensor) for tensor in contents.tensors],
             "metadata": {key: value for key, value in contents.metadata.items() if _plain(value)},
         }

@@ -34,6 +34,11 @@ _WHAT = (
     ),
     click.option("--embedding", metavar="GRID", help="Grid of the embedding."),
     click.option("--head", metavar="GRID", help="Grid of the output head."),
+    click.option(
+        "--kv-cache",
+        metavar="TYPE",
+        help="llama.cpp's key-value cache: q8_0, or keys,values: q8_0,q4_0 (default: f16).",
+    ),
     click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="All of this as a TOML file."),
     click.option("--data-free", is_flag=True, help="No calibration: rounding without importance."),
     click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Cores to use (default: all)."),
@@ -88,6 +93,9 @@ def _add(options: tuple[Any, ...]) -> Callable[[Decorated], Decorated]:
     return decorate
 
 
+kv_cache = click.option(
+    "--kv-cache", metavar="TYPE", help="Types of llama.cpp's key-value cache (default: those it was made for, or f16)."
+)
 what_to_do, how_good, which_text = _add(_WHAT), _add(_HOW_GOOD), _add(_TEXT)
 
 
@@ -95,7 +103,7 @@ def recipe_of(flags: dict[str, Any]) -> Recipe:
     """The recipe file, if any, with the flags on top. Raises UsageError for flags that exclude each other."""
     path = flags["recipe"]
     recipe = chosen(Recipe() if path is None else load_recipe(path), flags["preset"], flags["grid"])
-    kept = ("algorithm", "embedding", "head", "activations")
+    kept = ("algorithm", "embedding", "head", "activations", "kv_cache")
     given: dict[str, Any] = {name: flags[name] for name in kept if flags[name] is not None}
     if flags["options"]:
         options = list(map(_option, flags["options"]))

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import click
 
+from anyquant.cli.options import kv_cache
+
 
 @click.command("run", short_help="Generate text with an artifact.")
 @click.argument("artifact", type=click.Path(path_type=Path))
@@ -15,13 +17,18 @@ import click
 )
 @click.option("--seed", type=click.IntRange(0), metavar="N", default=0, show_default=True, help="Of the sampling.")
 @click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Cores to use (default: all).")
-def command(artifact: Path, prompt: str, tokens: int, temperature: float, seed: int, threads: int | None) -> None:
+@kv_cache
+def command(
+    artifact: Path, prompt: str, tokens: int, temperature: float, seed: int, threads: int | None, kv_cache: str | None
+) -> None:
     """Continue PROMPT with ARTIFACT, in the runtime it was made for."""
     from anyquant import api
 
     if not math.isfinite(temperature):
         raise click.BadParameter("give a number", param_hint="--temperature")
-    pieces = api.run(artifact, prompt, tokens=tokens, temperature=temperature, seed=seed, threads=threads)
+    pieces = api.run(
+        artifact, prompt, tokens=tokens, temperature=temperature, seed=seed, threads=threads, kv_cache=kv_cache
+    )
     first = next(pieces, "")  # the artifact is open now: an error would have come before anything is shown
     click.echo(prompt + first, nl=False)
     for piece in pieces:

@@ -10,7 +10,9 @@ from anyquant.cli.terminal import one_line
 from anyquant.core.ledger import Ledger
 from anyquant.evaluation.bootstrap import ENOUGH_DOCUMENTS
 from anyquant.evaluation.measures import Measures
+from anyquant.formats.certificate import KEY, OBJECT
 from anyquant.pipeline.artifacts import Contents
+from anyquant.pipeline.certificate import Reproduction
 from anyquant.pipeline.cost import Planned
 from anyquant.pipeline.picture import human_bytes
 from anyquant.pipeline.planner import chain_of
@@ -114,6 +116,8 @@ def print_contents(contents: Contents, tensors: bool) -> None:
     ]
     if contents.tied is not None:
         rows.append(("head", "tied to the embedding" if contents.tied else "of its own"))
+    if contents.certificate is not None:
+        rows.append(("certificate", contents.certificate.sentence()))
     console.print(_pairs(rows))
     table = Table(box=None, header_style="dim")
     for name in ("type", "tensors", "bytes"):
@@ -139,6 +143,8 @@ def _print_tensors(console: Console, contents: Contents) -> None:
 def _print_metadata(console: Console, contents: Contents) -> None:
     rows = []
     for key, value in contents.metadata.items():
+        if contents.certificate is not None and (key == OBJECT or key.startswith(KEY)):
+            continue  # said above
         short = isinstance(value, str | int | float | bool) or value is None
         text = " ".join(str(value).split()) if short else f"{len(value)} values" if hasattr(value, "__len__") else "?"
         rows.append((key, text if len(text) <= 80 else text[:77] + "..."))
@@ -148,6 +154,20 @@ def _print_metadata(console: Console, contents: Contents) -> None:
 def _range(low: float, high: float, form: str) -> str:
     """A 95 % interval in brackets; nothing where one document allows none."""
     return f" ({format(low, form)} to {format(high, form)})" if low == low and high == high else ""
+
+
+def print_reproduction(found: Reproduction) -> None:
+    """The measures, then whether they are those of the certificate."""
+    if found.measures is not None:
+        print_measures(found.measures)
+    console = _console()
+    console.print(_pairs([("certificate", found.certificate.sentence())]))
+    if found.reproduced:
+        console.print(_text("reproduced: the certificate says what was measured again", STYLES["pass"]))
+        return
+    console.print(_text("not reproduced:", STYLES["fail"]))
+    for difference in found.differences:
+        console.print(_text(f"  {difference}"))
 
 
 def print_measures(measures: Measures) -> None:

@@ -178,6 +178,13 @@ def reproduce(artifact: Path, against: Path, judging: Judging, progress: Progres
     return Reproduction(sealed, measures, (*differences, *unlike_measured(sealed, record, measures)))
 
 
+def reproducible(artifact: Path) -> bool:
+    """Whether the artifact carries a certificate of measured figures, with the report that says on which text."""
+    opened = open_checkpoint(artifact)
+    sealed = read_certificate(opened.metadata, opened.config, str(artifact))
+    return sealed is not None and sealed.measured and read_record(artifact) is not None
+
+
 def _certified(record: Record | None, judging: Judging) -> tuple[Calibration, int]:
     """How a run divided its text: as its report says, with what the user says on top."""
     calibration = Calibration() if record is None else record.calibration
