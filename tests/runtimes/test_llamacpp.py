@@ -238,7 +238,7 @@ def test_refusals_are_one_clear_line(tiny: Tiny, tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(BadInputError, match=r"cannot read .*absent\.gguf: No such file"):
         LlamaCpp.open(tmp_path / "absent.gguf")
-    with pytest.raises(UsageError, match="unknown cache type 'fp16'; did you mean"):
+    with pytest.raises(UsageError, match="unknown type of the key-value cache 'fp16'; did you mean"):
         opened(tiny, "f32", cache="fp16")
     with (
         opened(tiny, "f32") as model,

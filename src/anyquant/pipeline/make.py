@@ -26,6 +26,7 @@ from anyquant.pipeline import report as reporting
 from anyquant.pipeline.accounts import make_ledger
 from anyquant.pipeline.backends import Proof, backend_for
 from anyquant.pipeline.certificate import certificate_of, seal
+from anyquant.pipeline.deployment import deployment_of
 from anyquant.pipeline.measure import ReferenceLogits, loss_of
 from anyquant.pipeline.metrics import Meter
 from anyquant.pipeline.picture import Point
@@ -332,6 +333,7 @@ class Maker:
             peak_memory=_peak_memory(),
             warnings=tuple(self.warnings),
             notes=finished.quantized.notes,
+            deployment=deployment_of(self.original, request.target, self.rules.entry, job.plan.kv_cache),
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from anyquant.core.extras import require
 from anyquant.core.ledger import Ledger
 from anyquant.evaluation.limits import QUALITIES
+from anyquant.pipeline.deployment import Deployment
 from anyquant.pipeline.picture import Point, error_map, human_bytes, size_and_loss
 
 SCHEMA = 1
@@ -60,7 +61,7 @@ class Report:
     """Everything a person or a machine may ask about an artifact. Plain data.
 
     `chain` is what was done to the matrices, as one writes it. `notes` say matrix by matrix what was decided on the way
-    or did not go as usual.
+    or did not go as usual. `deployment` is how to run it.
     """
 
     anyquant: str
@@ -89,6 +90,7 @@ class Report:
     peak_memory: int
     warnings: tuple[str, ...] = field(default=())
     notes: tuple[str, ...] = field(default=())
+    deployment: Deployment | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -155,6 +157,7 @@ def render_html(report: Report) -> str:
         report=report,
         pictures=report.pictures(),
         rows=summary_rows(report),
+        deployment=() if report.deployment is None else deployment_rows(report.deployment),
         provenance=json.dumps(plain(provenance), indent=1, ensure_ascii=False),
     )
     return _encodable(page)
@@ -229,6 +232,16 @@ def summary_rows(report: Report) -> list[tuple[str, str]]:
     return rows
 
 
+def deployment_rows(advice: Deployment) -> list[tuple[str, str]]:
+    """What belongs to the command, in words."""
+    rows = [("context", f"{advice.context:,} tokens, as the model was made for; give less to save memory")]
+    if advice.kv_cache:
+        whole = human_bytes(advice.kv_bytes_per_token * advice.context)
+        cost = f"{advice.kv_bytes_per_token:,} bytes per token, {whole} for the whole context"
+        rows.append(("key-value cache", f"{advice.kv_cache}, with which the artifact was judged: {cost}"))
+    return rows
+
+
 def render_markdown(report: Report) -> str:
     """The report as a page for a repository or a model card."""
     lines = [f"# {_safe(report.label)} for {_safe(report.target)}: {report.status}", ""]
@@ -241,6 +254,9 @@ def render_markdown(report: Report) -> str:
             ("preset", "bytes", "mean KL", "95 % interval", "text"),
             [(p.label, f"{p.nbytes:,}", f"{p.kl:.5f}", f"{p.low:.5f} to {p.high:.5f}", p.text) for p in report.points],
         )
+    if report.deployment is not None:
+        lines += ["", "## Deployment", "", "Inside the output folder:", "", f"    {report.deployment.command}"]
+        lines += ["", *_table(("", ""), deployment_rows(report.deployment))]
     lines += ["", "## Where the bytes went", ""]
     lines += _table(
         ("grid", "tensors", "source bytes", "artifact bytes"),

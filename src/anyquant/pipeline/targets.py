@@ -18,7 +18,7 @@ class Target:
     """`runtime` is what proves the artifact here; `default_preset` what is made when nothing is asked for.
 
     `libraries` are those that the proof needs. `exact_grids`: grids on which the runtime computes exactly, without
-    rounding activations ("*": all).
+    rounding activations ("*": all). `serve`: how a server is started, with {artifact}, {context} and {cache}; or "".
     """
 
     name: str
@@ -29,6 +29,7 @@ class Target:
     exact_grids: tuple[str, ...]
     libraries: tuple[str, ...]
     note: str
+    serve: str = ""
 
     def exact(self, grid: str) -> bool:
         """Whether the runtime's arithmetic on this grid is exact but for float rounding."""
@@ -49,6 +50,7 @@ def targets() -> dict[str, Target]:
             exact_grids=tuple(row["exact_grids"]),
             libraries=tuple(row["libraries"]),
             note=row["note"],
+            serve=row["serve"],
         )
         for name, row in table["engine"].items()
     }
