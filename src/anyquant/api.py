@@ -109,10 +109,10 @@ def make(
     checkpoint = source_of(model_path(model))
     wish = _recipe(recipe, preset, grid, data_free, text)
     goal = _target(target, wish)
-    climb = not _says_what(wish) and limits.needs_measures
-    if climb and not goal.ladder:
+    choose = not _says_what(wish) and not limits.empty
+    if choose and not goal.ladder:
         raise UsageError("a quality needs a target to be measured in; name one with --for")
-    if not climb and not _says_what(wish):
+    if not choose and not _says_what(wish):
         wish = _default(goal, wish)
     request = Request(
         location=str(model),
@@ -120,7 +120,7 @@ def make(
         target=goal,
         recipe=wish,
         contract=limits,
-        climb=climb,
+        choose=choose,
         out=Path(out),
         overwrite=overwrite,
         threads=threads or cores(),

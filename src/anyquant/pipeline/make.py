@@ -2,8 +2,7 @@
 
 import resource
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +11,7 @@ from anyquant import __version__
 from anyquant.calibrate.text import Document, Splits, Tokenizer
 from anyquant.contract.metrics import CERTIFY, SELECT
 from anyquant.core.checkpoint import Checkpoint
-from anyquant.core.errors import OutputError, UsageError
+from anyquant.core.errors import OutputError
 from anyquant.core.progress import Progress
 from anyquant.evaluation.drops import Drop
 from anyquant.evaluation.limits import Contract
@@ -35,11 +34,14 @@ from anyquant.pipeline.prepare import prepare, prove_static
 from anyquant.pipeline.quantized import Quantized, Quantizer
 from anyquant.pipeline.recipe import Recipe
 from anyquant.pipeline.report import Report
+from anyquant.pipeline.search import Found, measured_of
+from anyquant.pipeline.selection import Selection, point_of
 from anyquant.pipeline.staged import Room
 from anyquant.pipeline.statistics import IMATRIX, refuse_imatrix
 from anyquant.pipeline.targets import Target, expect_libraries
 from anyquant.pipeline.texts import DEFAULT_TEXT_WARNING, describe, load_splits, source_tokenizer, usable_context
 from anyquant.pipeline.verify import Verified
+from anyquant.pipeline.watch import Watch
 from anyquant.runtimes.transformers import TransformersRuntime
 from anyquant.store.publish import Stage
 from anyquant.transforms.checkpoint import settle
@@ -48,8 +50,16 @@ LIBRARIES = ("numpy", "numba", "gguf", "torch", "transformers", "tokenizers", "x
 
 
 @dataclass(frozen=True)
+class Bounds:
+    """What a search may take: `seconds` in all (None: as long as it takes), `evaluations` on *select*."""
+
+    seconds: float | None = None
+    evaluations: int = 12
+
+
+@dataclass(frozen=True)
 class Request:
-    """One call of `make`. `climb`: try the target's ladder of presets, smallest first, until the contract holds.
+    """One call of `make`. `choose`: nothing says what to do, so the contract decides, within `bounds`.
 
     `memory`: bytes that activations may take while calibrating; beyond it they lie in a file. None: all there is.
     """
@@ -59,34 +69,20 @@ class Request:
     target: Target
     recipe: Recipe
     contract: Contract
-    climb: bool
+    choose: bool
     out: Path
     overwrite: bool
     threads: int
     memory: int | None = None
-
-
-@dataclass
-class Watch:
-    """Seconds per stage, by a clock that is passed in."""
-
-    clock: Callable[[], float]
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        began = self.clock()
-        try:
-            yield
-        finally:
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + self.clock() - began, 2)
+    bounds: Bounds = Bounds()
 
 
 @dataclass
 class _Evidence:
     """What has been measured so far."""
 
-    points: list[Point] = field(default_factory=list)
+    points: tuple[Point, ...] = ()
+    sentences: tuple[str, ...] = ()
     measures: Measures | None = None
     drops: tuple[Drop, ...] = ()
     proof: Proof = field(default_factory=lambda: Proof(None, {}))
@@ -140,7 +136,7 @@ class Maker:
         largest = max(job.layout.nbytes for job in plans)
         with Stage(request.out, request.overwrite, needed=largest) as stage:
             splits, tokenizer = self._texts()
-            self.meter.take_baselines((SELECT, CERTIFY) if request.climb else (CERTIFY,), self.progress)
+            self.meter.take_baselines((SELECT, CERTIFY) if request.choose else (CERTIFY,), self.progress)
             self._settle_transforms()
             self._prove_transforms(plans[0], splits)
             documents = None if splits is None or not self.importance else splits.calibrate
@@ -174,12 +170,12 @@ class Maker:
     def _plans(self) -> list[Job]:
         """The jobs to try, smallest first; just one unless the ladder is climbed. All refusals come here."""
         request = self.request
-        labels = request.target.ladder if request.climb else [request.recipe.preset]
-        recipes = [replace(request.recipe, preset=label) if request.climb else request.recipe for label in labels]
+        labels = request.target.ladder if request.choose else [request.recipe.preset]
+        recipes = [replace(request.recipe, preset=label) if request.choose else request.recipe for label in labels]
         jobs = [make_job(self.model, self.rules, recipe, self.importance) for recipe in recipes]
         for job in jobs:
             refuse_imatrix(job)
-        return sorted(jobs, key=lambda job: job.layout.nbytes) if request.climb else jobs
+        return sorted(jobs, key=lambda job: job.layout.nbytes) if request.choose else jobs
 
     def _texts(self) -> tuple[Splits | None, Tokenizer | None]:
         if not self.measuring:
@@ -210,41 +206,37 @@ class Maker:
         self.proofs.append(difference)
 
     def _write(self, plans: list[Job], stage: Stage, splits: Splits | None, quantizer: Quantizer) -> Finished:
-        """Write the artifact: on the ladder, the smallest rung that keeps the contract on *select*. Then verify it."""
-        if self.request.climb and splits is not None:
-            quantized = self._climb(plans, stage, splits, quantizer)
-        else:
-            quantized = self._quantize(plans[0], stage, quantizer)
+        """Write the artifact, found under the contract if nothing says what to make. Then verify it."""
+        selection = Selection(
+            self.backend, stage, quantizer, lambda job, split: self._drops(job, stage, split), self.watch, self.progress
+        )
+        job = plans[0]
+        if self.request.choose and splits is not None:
+            job = self._chosen(plans, stage, splits, selection)
+        quantized = selection.bring(job)
+        self.evidence.points = tuple(selection.points)
         with self.watch.stage("verify"):
             return Finished(quantized, self.backend.verify(quantized, stage))
 
-    def _quantize(self, job: Job, stage: Stage, quantizer: Quantizer) -> Quantized:
-        with self.watch.stage("calibrate"):
-            quantized = quantizer.quantized(job)
-        with self.watch.stage("quantize"):
-            self.backend.write(quantized, stage)
-        return quantized
-
-    def _climb(self, plans: list[Job], stage: Stage, splits: Splits, quantizer: Quantizer) -> Quantized:
+    def _chosen(self, plans: list[Job], stage: Stage, splits: Splits, selection: Selection) -> Job:
+        """The job that the contract asks for: a mixture of the target's grids, or a rung of its ladder."""
         with self.watch.stage("reference"):
             reference = self._reference(splits.select, stage)
         try:
-            for job in plans:
-                quantized = self._quantize(job, stage, quantizer)
-                with self.watch.stage("select"):
-                    measures = self.backend.measure(quantized.job, stage, reference, f"select {job.plan.label}")
-                self._point(job, measures, chosen=False)
-                self.progress.say(
-                    f"  {job.plan.label:<8} {job.layout.nbytes:>14,} bytes   "
-                    f"mean KL {measures.mean_kl.value:.5f} on select"
-                )
-                if _promising(measures, self.request.contract, self._drops(quantized.job, stage, SELECT)):
-                    break
-            else:
-                self.warnings.append("no preset of the ladder kept the contract on the select text: this is the last")
+            return self._climb(plans, reference, selection)
         finally:
             reference.close()
-        return quantized
+
+    def _climb(self, plans: list[Job], reference: ReferenceLogits, selection: Selection) -> Job:
+        for job in plans:
+            found = selection.measure(job, reference, job.plan.label)
+            kl = found.measures.mean_kl.value
+            self.progress.say(f"  {job.plan.label:<8} {job.layout.nbytes:>14,} bytes   mean KL {kl:.5f} on select")
+            if measured_of(found, self.request.contract).score() <= 0:
+                break
+        else:
+            self.warnings.append("no preset of the ladder kept the contract on the select text: this is the last")
+        return job
 
     def _certify(self, job: Job, stage: Stage, splits: Splits, tokenizer: Tokenizer) -> None:
         """Once, on text that nothing has seen: loss, conversion error, speed."""
@@ -257,7 +249,8 @@ class Maker:
             reference.close()
         self.evidence.measures = measures
         self.evidence.drops = self._drops(job, stage, CERTIFY)
-        self._point(job, measures, chosen=True)
+        found = Found(measures, self.evidence.drops)
+        self.evidence.points += (point_of(job, found, job.plan.label, chosen=True),)
         with self.watch.stage("prove"):
             self.evidence.proof = self.backend.prove(job, stage, splits.certify, tokenizer.whole)
 
@@ -283,12 +276,6 @@ class Maker:
     def _reference(self, documents: Sequence[Document], stage: Stage) -> ReferenceLogits:
         runtime = TransformersRuntime(self.request.checkpoint, self.original)
         return ReferenceLogits(runtime, documents, stage.folder.parent, self.progress)
-
-    def _point(self, job: Job, measures: Measures, chosen: bool) -> None:
-        kl = measures.mean_kl
-        self.evidence.points.append(
-            Point(job.plan.label, job.layout.nbytes, kl.value, kl.interval[0], kl.interval[1], chosen)
-        )
 
     def _sentences(self, verdict: Verdict) -> tuple[str, ...]:
         measured = self.evidence.measures is not None
@@ -326,7 +313,7 @@ class Maker:
             points=tuple(self.evidence.points),
             ledger=make_ledger(job, verified.errors),
             recipe=job.recipe.as_dict(),
-            data={} if splits is None else describe(splits, request.recipe.calibration, request.climb),
+            data={} if splits is None else describe(splits, request.recipe.calibration, request.choose),
             hashes=dict(verified.hashes),
             versions=_versions(),
             seconds=self.watch.seconds,
@@ -351,19 +338,3 @@ def _versions() -> dict[str, str]:
         except ModuleNotFoundError:
             continue
     return found
-
-
-def _promising(measures: Measures, contract: Contract, drops: Sequence[Drop]) -> bool:
-    """Whether the bounds on *select* lie within every limit: good enough to be certified, not yet a verdict."""
-    checks = [not drop.hindrance and drop.upper <= drop.limit.amount for drop in drops]
-    if contract.max_kl is not None:
-        checks.append(measures.mean_kl.upper <= contract.max_kl)
-    if contract.max_kl_99_9 is not None:
-        checks.append(measures.kl_99_9 <= contract.max_kl_99_9)
-    if contract.max_ppl_increase is not None:
-        checks.append(measures.ppl_ratio.upper - 1 <= contract.max_ppl_increase)
-    if contract.min_same_top is not None:
-        checks.append(measures.same_top.lower >= contract.min_same_top)
-    if not checks:
-        raise UsageError("nothing to climb the ladder for: give a quality or a limit")
-    return all(checks)
