@@ -34,15 +34,15 @@ class Tiny:
         return self.folder / f"{kind}.gguf"
 
 
-def make_model(vocabulary: int) -> LlamaForCausalLM:
+def make_model(vocabulary: int, heads: int = 8) -> LlamaForCausalLM:
     torch.manual_seed(7)
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=256,
         intermediate_size=512,
         num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=4,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
         max_position_embeddings=512,
         rms_norm_eps=1e-5,
         rope_theta=50000.0,
@@ -95,7 +95,7 @@ def write_gguf(path: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, kind: 
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(50000.0)
-    writer.add_rope_dimension_count(32)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_vocab_size(config.vocab_size)
     tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     merges = json.loads(tokenizer.to_str())["model"]["merges"]

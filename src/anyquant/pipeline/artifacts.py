@@ -239,10 +239,20 @@ def cache_of(artifact: Path, wished: str | None) -> str | None:
         return None
     metadata = open_checkpoint(artifact).metadata
     types = CacheTypes.parse(wished or str(metadata.get(KV_CACHE, runtime.default_cache)))
-    head_dim = metadata.get(f"{metadata.get('general.architecture')}.attention.key_length")
-    if isinstance(head_dim, int) and (reasons := types.refuses(head_dim)):
+    if reasons := types.refuses(_head_dim(metadata)):
         raise UnsupportedError(f"{artifact}: {reasons[0]}")
     return str(types)
+
+
+def _head_dim(metadata: Mapping[str, object]) -> int:
+    """Elements of a head by the metadata of a GGUF file, 0 where it does not say."""
+    family = metadata.get("general.architecture")
+    stated, hidden, heads = (
+        metadata.get(f"{family}.{key}") for key in ("attention.key_length", "embedding_length", "attention.head_count")
+    )
+    if isinstance(stated, int):
+        return stated
+    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 else 0
 
 
 def generate(
