@@ -102,6 +102,7 @@ class _Ladder:
         if limit is not None and problem.nbytes(self.top) > limit:
             self.top, self.capped = session.fit(problem.groups, limit)[0], True
         self.largest = problem.nbytes(self.top)
+        self.width = math.inf  # of the bracket, when it was last looked at
 
     def passing(self) -> Try | None:
         """The smallest that passed, of equal ones the better."""
@@ -137,6 +138,10 @@ class _Ladder:
         between = min(self._root(0.0) + step / 3, passing.nbytes - 0.95 * step)
         if failing is not None:
             between = max(between, low + 0.95 * step)
+            if passing.nbytes - low > self.width / 2:  # the line did not tell: halve instead, as Dekker and Brent do
+                between = self._nbytes_for(math.sqrt(max(failing.predicted * passing.predicted, 0.0)))
+                between = min(max(between, low + 0.95 * step), passing.nbytes - 0.95 * step)
+            self.width = passing.nbytes - low
         for target in (math.floor(between), (low + passing.nbytes) // 2, passing.nbytes - 1):
             choice = self._near(target)
             if not session.known(choice) and session.problem.nbytes(choice) < passing.nbytes:
