@@ -130,7 +130,7 @@ def read_certificate(metadata: Mapping[str, Any], config: Mapping[str, Any], whe
             value = math.nan
         if item.type is float and type(value) is int:
             value = float(value)
-        if not isinstance(value, item.type):  # type: ignore[arg-type]
+        if type(value) is not item.type:
             raise BadInputError(f"{where}: its certificate has no sound {item.name}; it was not written by AnyQuant")
         values[item.name] = value.rstrip(" ") if isinstance(value, str) else value
     return Certificate(**values)

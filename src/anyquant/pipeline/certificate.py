@@ -199,7 +199,7 @@ def unlike_measured(certificate: Certificate, record: Record | None, measures: M
     said += [
         _different(certificate, name, value) for name, value in counts.items() if getattr(certificate, name) != value
     ]
-    if record is not None and not record.contract.max_drop:
+    if record is not None and not record.contract.max_drop and (record.size or record.contract.max_size is None):
         status = judge(measures, record.contract, record.size).status.value
         said += [] if status == certificate.status else [_different(certificate, "status", status)]
     return said

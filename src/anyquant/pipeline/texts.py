@@ -64,6 +64,8 @@ def load_splits(tokenizer: Tokenizer, architecture: Architecture, calibration: C
     documents = read_documents(calibration.text, tokenizer, context, tokens=tokens, field=calibration.field)
     if not documents:
         raise BadInputError(f"{calibration.text}: holds no text of two tokens or more to calibrate and measure on")
+    if certify and (total := token_count(documents)) < (wanted := sum(amounts.tokens) * certify // last):
+        raise InconclusiveError(_too_short(certify, f"the text has {total} tokens in all, give it {wanted}"))
     try:
         found = split(documents, amounts)
     except InconclusiveError:
@@ -74,11 +76,12 @@ def load_splits(tokenizer: Tokenizer, architecture: Architecture, calibration: C
 def _enough(splits: Splits, certify: int) -> Splits:
     tokens = token_count(splits.certify)
     if tokens < certify:
-        raise InconclusiveError(
-            f"too little text for --max-kl-99-9: {tokens} tokens to certify on, {certify} are needed; give a --text "
-            f"about {-(-certify // max(tokens, 1))} times as long, or limit the mean with --max-kl"
-        )
+        raise InconclusiveError(_too_short(certify, f"here are {tokens}; give a longer --text"))
     return splits
+
+
+def _too_short(certify: int, found: str) -> str:
+    return f"--max-kl-99-9 is certified on {certify} tokens or more: {found}, or limit the mean with --max-kl"
 
 
 def describe(splits: Splits, calibration: Calibration, searched: bool) -> dict[str, object]:
