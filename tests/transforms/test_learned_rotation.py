@@ -39,7 +39,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> MemoryCheckpoint:
 
 
 def rewrites(checkpoint: Any, **options: Any) -> Rewrites:
-    complete = complete_options("rotate", {"grid": GRID, **options}, rotate.DEFAULTS)
+    if "kind" in options:
+        options = {"grid": GRID, **options}
+    complete = complete_options("rotate", options, rotate.DEFAULTS)
     assert rotate.refuses(detect(checkpoint), complete) is None
     return rotate.prepare(detect(checkpoint), checkpoint, complete)
 

@@ -172,8 +172,9 @@ def test_options_are_checked(llama: MemoryCheckpoint) -> None:
         ({"kind": "hadamrd"}, "kind is 'hadamrd'"),
         ({"steps": 0}, "steps is 0, expected at least 1"),
         ({"seed": -1}, "seed is -1, expected at least 0"),
-        ({"grid": "int4-g12"}, "int4-g12"),
-        ({"grid": "bf16"}, "grid is 'bf16', a float type"),
+        ({"grid": "int4-g12", "kind": "learned"}, "int4-g12"),
+        ({"grid": "bf16", "kind": "learned"}, "grid is 'bf16', a float type"),
+        ({"grid": "nvfp4"}, "grid is for kind = 'learned', kind is 'hadamard'"),
     ):
         with pytest.raises(UsageError, match=message) as raised:
             rotate.refuses(detect(llama), {**rotate.options, **options})

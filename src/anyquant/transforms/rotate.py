@@ -163,6 +163,9 @@ def refuses(architecture: Architecture, options: Mapping[str, Any]) -> str | Non
     if options["seed"] < 0:
         raise UsageError(f"transform rotate: option seed is {options['seed']}, expected at least 0")
     _proxy(options["grid"])
+    for name in ("grid", "steps"):
+        if options["kind"] != "learned" and options[name] != DEFAULTS[name]:
+            raise UsageError(f"transform rotate: option {name} is for kind = 'learned', kind is {options['kind']!r}")
     if not options["r1"] and not options["r2"]:
         return "neither r1 nor r2 is asked for"
     reason = refuses_norms(architecture) if options["r1"] else None
