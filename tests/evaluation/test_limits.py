@@ -6,7 +6,7 @@ import pytest
 
 from anyquant.core.errors import AnyQuantError, UsageError
 from anyquant.evaluation.limits import Contract, size_limit, with_quality
-from anyquant.evaluation.verdict import Status, judge
+from anyquant.evaluation.verdict import Status, judge, rounded
 
 
 @pytest.mark.parametrize(
@@ -63,3 +63,15 @@ def test_a_limit_below_the_noise_names_the_nearest_that_can_be_judged() -> None:
 def test_what_is_no_contract(table: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         Contract.from_dict(table)
+
+
+def test_the_nearest_contract_is_one_that_would_have_held() -> None:
+    assert [rounded(0.012345), rounded(0.012345, down=True), rounded(-0.0012345), rounded(0.0)] == [
+        "0.0124",
+        "0.0123",
+        "-0.00123",
+        "0",
+    ]
+    assert judge(None, Contract(max_size=5), 7).nearest == "--max-size 7B"
+    assert judge(None, Contract(max_size=8), 7).nearest == ""
+    assert judge(None, Contract(max_size=5, max_kl=0.1), 7).nearest == ""  # nothing is shown of the loss

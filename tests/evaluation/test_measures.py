@@ -108,6 +108,17 @@ def test_verdicts_at_the_bounds() -> None:
     assert judge(found, Contract(max_ppl_increase=increase + 0.01)).status is Status.PASS
 
 
+def test_the_nearest_contract_holds_for_the_same_evidence() -> None:
+    found = measured()
+    verdict = judge(found, Contract(max_kl=1e-6, min_same_top=1.0, max_ppl_increase=0.0))
+    assert verdict.status is Status.FAIL
+    flags = dict(zip(verdict.nearest.split()[::2], map(float, verdict.nearest.split()[1::2]), strict=True))
+    nearest = {flag.removeprefix("--").replace("-", "_"): value for flag, value in flags.items()}
+    assert nearest.keys() >= {"max_kl", "min_same_top"}
+    assert judge(found, Contract(**nearest)).status is Status.PASS
+    assert nearest["max_kl"] < found.mean_kl.upper * 1.01
+
+
 def test_one_failed_limit_fails_and_one_open_limit_leaves_open() -> None:
     found = measured()
     wide = found.mean_kl.upper * 2

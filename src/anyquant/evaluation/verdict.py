@@ -7,6 +7,7 @@ it. Everything else, missing and non-finite evidence and fewer than 30 documents
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 from enum import StrEnum
 
 from anyquant.core.errors import AnyQuantError
@@ -26,7 +27,10 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class LimitResult:
-    """One limit and its evidence; `lower` and `upper` are one-sided 95 % bounds."""
+    """One limit and its evidence; `lower` and `upper` are one-sided 95 % bounds.
+
+    `kept` is the nearest limit that this evidence shows to be kept, as a flag; "" when it shows none.
+    """
 
     name: str
     limit: float
@@ -35,6 +39,7 @@ class LimitResult:
     upper: float
     status: Status
     sentence: str
+    kept: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,12 @@ class Verdict:
     status: Status
     limits: tuple[LimitResult, ...]
     sentence: str
+
+    @property
+    def nearest(self) -> str:
+        """The limits that were not shown to be kept, as they would be: the nearest contract. "" when there is none."""
+        missed = [result for result in self.limits if result.status is not Status.PASS]
+        return " ".join(result.kept for result in missed) if all(result.kept for result in missed) else ""
 
 
 def judge(
@@ -102,7 +113,8 @@ def _at_most(noun: str, name: str, limit: float, found: Estimate | None, reason:
     else:
         status = Status.INCONCLUSIVE
         text = f"between {lower:.4g} and {upper:.4g}, which leaves the limit of {limit:.4g} open: give more text"
-    return LimitResult(name, limit, value, lower, upper, status, f"{noun} {value:.4g}, {text}.")
+    kept = f"--{name.replace('_', '-')} {rounded(upper)}"
+    return LimitResult(name, limit, value, lower, upper, status, f"{noun} {value:.4g}, {text}.", kept)
 
 
 def _at_least(found: Estimate | None, limit: float, reason: str | None) -> LimitResult:
@@ -118,7 +130,8 @@ def _at_least(found: Estimate | None, limit: float, reason: str | None) -> Limit
     else:
         status = Status.INCONCLUSIVE
         text = f"between {lower:.2%} and {upper:.2%}, which leaves the limit of {limit:.2%} open: give more text"
-    return LimitResult("min_same_top", limit, value, lower, upper, status, f"{noun} {value:.2%}, {text}.")
+    kept = f"--min-same-top {rounded(lower, down=True)}"
+    return LimitResult("min_same_top", limit, value, lower, upper, status, f"{noun} {value:.2%}, {text}.", kept)
 
 
 def _tail(measures: Measures | None, limit: float, reason: str | None) -> LimitResult:
@@ -134,7 +147,7 @@ def _tail(measures: Measures | None, limit: float, reason: str | None) -> LimitR
     status = Status.PASS if upper <= limit else Status.INCONCLUSIVE
     side = "within" if status is Status.PASS else "not shown to be within"
     text = f"{noun}, bounded by {upper:.4g}, {side} the limit of {limit:.4g}."
-    return LimitResult("max_kl_99_9", limit, value, math.nan, upper, status, text)
+    return LimitResult("max_kl_99_9", limit, value, math.nan, upper, status, text, f"--max-kl-99-9 {rounded(upper)}")
 
 
 def _drop(limit: DropLimit, drop: Drop | None) -> LimitResult:
@@ -160,7 +173,8 @@ def _drop(limit: DropLimit, drop: Drop | None) -> LimitResult:
             f"between {shown(lower)} and {shown(upper)}, which leaves the limit of {limit.text} open: give more items"
         )
     said = f"{limit.metric} {drop.candidate:.4g}, original {drop.baseline:.4g}: drop {shown(drop.value)}, {text}."
-    return LimitResult(name, limit.amount, drop.value, lower, upper, status, said)
+    least = f"{rounded(100 * upper)}%" if limit.relative else rounded(upper)
+    return LimitResult(name, limit.amount, drop.value, lower, upper, status, said, f"--max-drop {limit.metric}={least}")
 
 
 def _size(size: int | None, contract: Contract) -> list[LimitResult]:
@@ -173,7 +187,7 @@ def _size(size: int | None, contract: Contract) -> list[LimitResult]:
     status = Status.PASS if size <= limit else Status.FAIL
     side = "within" if status is Status.PASS else "above"
     text = f"size {size} bytes, {side} the limit of {limit}."
-    return [LimitResult("max_size", limit, size, size, size, status, text)]
+    return [LimitResult("max_size", limit, size, size, size, status, text, f"--max-size {size}B")]
 
 
 def _shifted(ratio: Estimate) -> Estimate:
@@ -188,3 +202,9 @@ def _shifted(ratio: Estimate) -> Estimate:
         ratio.documents,
         ratio.conclusive,
     )
+
+
+def rounded(bound: float, down: bool = False) -> str:
+    """A bound to three digits, away from what was measured, so that the limit still holds."""
+    context = Context(prec=3, rounding=ROUND_FLOOR if down else ROUND_CEILING)
+    return f"{float(context.create_decimal_from_float(bound)):.3g}"

@@ -26,7 +26,7 @@ from anyquant.pipeline.accounts import make_ledger
 from anyquant.pipeline.backends import Proof, backend_for
 from anyquant.pipeline.certificate import certificate_of, seal
 from anyquant.pipeline.deployment import deployment_of
-from anyquant.pipeline.measure import ReferenceLogits, loss_of
+from anyquant.pipeline.measure import ReferenceLogits, below_noise, loss_of
 from anyquant.pipeline.metrics import Meter
 from anyquant.pipeline.picture import Point
 from anyquant.pipeline.planner import Job, chain_of, make_job
@@ -253,6 +253,7 @@ class Maker:
         self.evidence.points += (point_of(job, found, job.plan.label, chosen=True),)
         with self.watch.stage("prove"):
             self.evidence.proof = self.backend.prove(job, stage, splits.certify, tokenizer.whole)
+        self.warnings += below_noise(self.request.contract, self.evidence.proof.conversion)
 
     def _drops(self, job: Job, stage: Stage, split: str) -> tuple[Drop, ...]:
         """How much worse the staged artifact is by the metrics of the contract."""
@@ -284,6 +285,7 @@ class Maker:
             said.append(verdict.sentence)
         if verdict.status in (Status.FAIL, Status.INCONCLUSIVE):
             said.append("The contract is not shown to hold; the artifact is published with this verdict in its report.")
+            said += [f"It is shown to keep {verdict.nearest}."] if verdict.nearest else []
         said += [f"Transforms: logits before and after agree to {proof:.1e} relative." for proof in self.proofs]
         if measured and self.request.target.runtime != self.request.target.name:
             said.append(f"{self.request.target.note[0].upper()}{self.request.target.note[1:]}.")

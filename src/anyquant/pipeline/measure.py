@@ -12,6 +12,7 @@ from anyquant.calibrate.text import Document, token_count
 from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.errors import InconclusiveError, OutputError
 from anyquant.core.progress import Progress
+from anyquant.evaluation.limits import Contract
 from anyquant.evaluation.measures import Comparison, Measures
 from anyquant.models.architecture import Architecture
 from anyquant.pipeline.report import Conversion, Loss
@@ -106,6 +107,16 @@ def loss_of(measures: Measures, split: str) -> Loss:
         reference_perplexity=measures.ppl_reference,
         perplexity_increase=triple(measures.ppl_ratio.value, measures.ppl_ratio.interval, 1.0),
     )
+
+
+def below_noise(contract: Contract, conversion: Conversion | None) -> list[str]:
+    """A warning where the limit is finer than the runtime's own arithmetic, which no artifact in it can mend."""
+    limit = contract.max_kl
+    noise = 0.0 if conversion is None else conversion.mean_kl + (conversion.arithmetic or 0.0)
+    if limit is None or noise <= limit:
+        return []
+    said = f"--max-kl {limit:g} lies below what the runtime's own arithmetic adds on these grids, {noise:.1e} nats"
+    return [f"{said}: choose a larger limit, or a grid on which it computes exactly"]
 
 
 def check_conversion(
