@@ -103,6 +103,7 @@ class _Ladder:
             self.top, self.capped = session.fit(problem.groups, limit)[0], True
         self.largest = problem.nbytes(self.top)
         self.width = math.inf  # of the bracket, when it was last looked at
+        self.poor = 0  # how often it then was not even halved since the time before
 
     def passing(self) -> Try | None:
         """The smallest that passed, of equal ones the better."""
@@ -138,7 +139,8 @@ class _Ladder:
         between = min(self._root(0.0) + step / 3, passing.nbytes - 0.95 * step)
         if failing is not None:
             between = max(between, low + 0.95 * step)
-            if passing.nbytes - low > self.width / 2:  # the line did not tell: halve instead, as Dekker and Brent do
+            self.poor += passing.nbytes - low > self.width / 2
+            if self.poor > 1:  # the line does not tell: halve instead, as Dekker and Brent do
                 between = self._nbytes_for(math.sqrt(max(failing.predicted * passing.predicted, 0.0)))
                 between = min(max(between, low + 0.95 * step), passing.nbytes - 0.95 * step)
             self.width = passing.nbytes - low
