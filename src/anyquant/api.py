@@ -106,6 +106,8 @@ def make(
     Raises subclasses of AnyQuantError. A contract that is not met is not an error here: see `Report.status`.
     """
     limits = with_quality(contract or Contract(), quality)
+    if limits.max_drop and target is None:
+        raise UsageError("--max-drop runs the artifact, and nothing runs the neutral state; name a target with --for")
     checkpoint = source_of(model_path(model))
     wish = _recipe(recipe, preset, grid, data_free, text)
     goal = _target(target, wish)
