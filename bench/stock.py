@@ -96,7 +96,8 @@ class Bench:
         found["encode_seconds"] = round(time.monotonic() - began, 1)
         for name, reference in self.references.items():
             longest = max(len(document.tokens) for document in reference.documents)
-            with RUNTIMES.get("llama.cpp").load(file, longest, 1) as session:
+            runtime = RUNTIMES.get("llama.cpp")
+            with runtime.load(file, longest, 1, runtime.default_cache) as session:
                 measures = compare(answers(session, reference.documents), reference, Silent(), "")
             found[name] = round(measures.mean_kl.value, 7)
             found[f"{name}_interval"] = [round(end, 7) for end in measures.mean_kl.interval]

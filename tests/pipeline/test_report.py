@@ -89,6 +89,7 @@ KEYS = [
     "seconds",
     "peak_memory",
     "warnings",
+    "deployment",
 ]
 LINE = [
     "name",
