@@ -1,5 +1,6 @@
 """The search on a synthetic truth: measured = factor * (sum of true losses) ** power * noise."""
 
+import itertools
 import math
 import zlib
 from collections.abc import Callable
@@ -189,6 +190,32 @@ def test_a_metric_that_jumps(seed: int) -> None:
     consistent(outcome, tested, 12)
     best = curve(tested.true).nbytes_for((edge / tested.factor) ** (1 / tested.power)) + HEADER
     assert outcome.best is not None and -0.005 < outcome.best.nbytes / best - 1 < 0.01
+
+
+@pytest.mark.parametrize("padding", [0, 31, 4095])
+def test_exact_bytes_are_held_and_used(padding: int) -> None:
+    """Every choice of four groups, at every limit: the best whose exact bytes fit, whatever the sums say."""
+    rng = np.random.default_rng(padding)
+    groups = [
+        Group(f"g{i}", tuple(Candidate(f"c{j}", int(rng.integers(10**4, 10**5)), rng.lognormal()) for j in range(4)))
+        for i in range(4)
+    ]
+    tested = replace(world(0), groups=groups, true=groups)
+
+    def nbytes(choice: Choice) -> int:
+        return tested.nbytes(choice) + zlib.crc32(repr(choice).encode()) % (padding + 1)
+
+    names = [[(g.name, c.name) for c in g.candidates] for g in groups]
+    every = [dict(pick) for pick in itertools.product(*names)]
+    problem = Problem(groups, nbytes, tested.measure(None))
+    losses = {(g.name, c.name): c.loss for g in groups for c in g.candidates}
+    apart = []
+    for limit in sorted(nbytes(choice) for choice in every)[20::5]:
+        outcome = best_within_bytes(replace(problem, max_bytes=limit), Effort(evaluations=0))
+        assert outcome.best is not None and nbytes(outcome.best.choice) <= limit
+        fits = [sum(losses[each] for each in choice.items()) for choice in every if nbytes(choice) <= limit]
+        apart.append(outcome.best.predicted / min(fits) - 1)
+    assert np.mean(apart) <= (0.005 if padding < 4095 else 0.05)
 
 
 def test_both_ends() -> None:
