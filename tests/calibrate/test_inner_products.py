@@ -63,7 +63,8 @@ def errors_of(model: StreamedModel) -> Any:
     def errors(linear: Linear, first: int, rows: int) -> Float32:
         weights = read_view(model.checkpoint, linear.view, 0, linear.shape[0])
         noise = np.random.default_rng(len(linear.name)).standard_normal((CANDIDATES, *linear.shape))
-        return (noise * weights.std()).astype(np.float32)[:, first : first + rows]
+        found: Float32 = (noise * weights.std()).astype(np.float32)[:, first : first + rows]
+        return found
 
     return errors
 

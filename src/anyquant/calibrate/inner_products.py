@@ -27,6 +27,7 @@ from anyquant.store.system import writing
 
 Errors = Callable[[Linear, int, int], Float32]  # Linear, first row, rows -> its errors (candidates, rows, in)
 Float64 = npt.NDArray[np.float64]
+ALIGNED = 128  # rows of a piece are a multiple of this, so that blocks of a grid with several rows lie in one
 ROOM = 1 << 30  # bytes of errors in memory; those of a block that take more are kept in bfloat16
 
 
@@ -67,9 +68,7 @@ def inner_products(
     trip = RoundTrip(model, documents, folder, progress or Silent(), draws)
     wanted = [one for one in model.architecture.linears if linears.get(one.name)]
     if any(one.expert is not None for one in wanted) and model.batch_tokens != 1:
-        raise AnyQuantError(
-            "the documents of a model with experts go through it one by one: open it with 1 batch token"
-        )
+        raise AnyQuantError("documents go through a model with experts one by one: open it with 1 batch token")
     if any(one.role is Role.ROUTER for one in wanted):
         raise AnyQuantError("there are no inner products of routers")
     run = _Run(trip, wanted, linears, errors)
@@ -174,9 +173,7 @@ class _Run:
                 for document, draw, ids, gradients in self._row_gradients():
                     own = (ids >= first) & (ids < first + errors.shape[1])
                     rows = self._torch.from_numpy(ids[own] - first)
-                    found = [
-                        float((one[rows].float() * gradients[own]).sum(dtype=self._torch.float64)) for one in errors
-                    ]
+                    found = [float((one[rows] * gradients[own]).sum(dtype=self._torch.float64)) for one in errors]
                     self.values[linear.name][:, draw, document] += found
 
     def _row_gradients(self) -> Iterator[tuple[int, int, Any, Any]]:
@@ -191,7 +188,7 @@ class _Run:
     def _pieces(self, linear: Linear) -> Iterator[tuple[int, Any]]:
         """Errors of rows that fit into memory: (first row, (candidates, rows, in))."""
         total, columns = linear.shape
-        step = max(1, ROOM // (4 * columns * len(self.values[linear.name])) // 32) * 32
+        step = max(1, ROOM // (4 * columns * len(self.values[linear.name])) // ALIGNED) * ALIGNED
         for first in range(0, total, step):
             yield first, self._torch.from_numpy(self._errors(linear, first, min(step, total - first)))
 

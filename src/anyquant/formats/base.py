@@ -63,6 +63,13 @@ class Rules(Protocol):
         """The grid used where the Linear's shape does not lie on `grid`, or None when there is none."""
         ...
 
+    def candidates(self, linear: Linear) -> tuple[str, ...]:
+        """Grids among which a search may choose for the Linear, beside the type it is stored in; () where it stays so.
+
+        All of them may meet in one artifact.
+        """
+        ...
+
     def ties(self, architecture: Architecture) -> Mapping[str, str]:
         """Linear name to tie group, for Linears that this format stores in one tensor and so on one grid."""
         ...

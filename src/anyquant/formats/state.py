@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.dtypes import DTYPES
 from anyquant.core.errors import UsageError
-from anyquant.core.linear import Linear
+from anyquant.core.linear import Linear, Role
 from anyquant.core.plan import Layout, Part, Plan, TargetFile, Unit
 from anyquant.formats.base import COMPANIONS
 from anyquant.grids import grid as find_grid
@@ -22,6 +22,7 @@ from anyquant.store.safetensors_layout import write_safetensors_header
 from anyquant.store.state_entry import SHARED, entry_header
 
 CARRIED = "carried.safetensors"
+CANDIDATES = tuple(f"int{bits}-g64" for bits in (2, 3, 4, 5, 6, 8))
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class StateRules:
 
     def fallback(self, grid: str, linear: Linear) -> str | None:
         return None
+
+    def candidates(self, linear: Linear) -> tuple[str, ...]:
+        """Groups of 64 integers of every width: what most formats have in one form or another."""
+        return () if linear.block is None or linear.role is Role.ROUTER else CANDIDATES
 
     def ties(self, architecture: Architecture) -> Mapping[str, str]:
         return {}

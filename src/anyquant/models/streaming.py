@@ -93,12 +93,19 @@ class StreamedModel:
         """
         return list(self.embed_each(documents))
 
-    def embed_each(self, documents: Sequence[Sequence[int]]) -> Iterator[Batch]:
-        """As `embed`, one batch at a time, so that the caller may move its states elsewhere."""
+    def embed_each(
+        self,
+        documents: Sequence[Sequence[int]],
+        rows: Callable[[np.ndarray[Any, np.dtype[np.int64]]], Float32] | None = None,
+    ) -> Iterator[Batch]:
+        """As `embed`, one batch at a time, so that the caller may move its states elsewhere.
+
+        `rows` gives the rows of the embedding for ascending ids, in the place of the checkpoint's.
+        """
         calls: dict[tuple[int, ...], Sequence[Any]] = {}
         for group in group_documents(documents, self.batch_tokens):
             ids = np.array([documents[index] for index in group], dtype=np.int64)
-            batch = self._embed_batch(group, ids)
+            batch = self._embed_batch(group, ids, rows)
             # mostly the arguments depend on the shape alone: then one copy serves all batches of that shape
             shared = calls.setdefault(ids.shape, batch.calls)
             batch.calls = shared if same_arguments(shared, batch.calls, self._torch) else batch.calls
@@ -238,7 +245,12 @@ class StreamedModel:
         """Tokens whose logits fit into the bounded matrix."""
         return max(1, LOGIT_ELEMENTS // self.vocabulary)
 
-    def _embed_batch(self, group: tuple[int, ...], ids: np.ndarray[Any, np.dtype[np.int64]]) -> Batch:
+    def _embed_batch(
+        self,
+        group: tuple[int, ...],
+        ids: np.ndarray[Any, np.dtype[np.int64]],
+        given_rows: Callable[[np.ndarray[Any, np.dtype[np.int64]]], Float32] | None,
+    ) -> Batch:
         used = np.unique(ids)
         rows = self.checkpoint.spec(self._source_of_embedding).rows
         if used[0] < 0 or used[-1] >= rows:
@@ -254,15 +266,19 @@ class StreamedModel:
             calls.append((arguments, keywords))
             return given
 
-        with self._torch.no_grad(), self._intercept(record), self._embedding_of(used):
+        with self._torch.no_grad(), self._intercept(record), self._embedding_of(used, given_rows):
             self.module.base_model(input_ids=self._torch.from_numpy(ids))
         return Batch(group, entering[0], calls)
 
     @contextmanager
-    def _embedding_of(self, used: np.ndarray[Any, np.dtype[np.int64]] | None) -> Iterator[None]:
+    def _embedding_of(
+        self,
+        used: np.ndarray[Any, np.dtype[np.int64]] | None,
+        rows: Callable[[np.ndarray[Any, np.dtype[np.int64]]], Float32] | None = None,
+    ) -> Iterator[None]:
         """While active the embedding has the rows of the ascending ids `used`; None: every id is a row of zeros."""
         torch, width = self._torch, self._hollow[self._embedding].shape[1]
-        values = np.zeros((1, width), np.float32) if used is None else self._embedding_rows(used)
+        values = np.zeros((1, width), np.float32) if used is None else (rows or self._embedding_rows)(used)
         ids = None if used is None else torch.from_numpy(used)
 
         def look_up(module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -37,6 +37,7 @@ from anyquant.store.safetensors_layout import write_safetensors_header
 
 FILE = "model.safetensors"
 CONFIG = "config.json"
+CANDIDATES = ("int4-g128",)
 APART = (Role.EMBEDDING, Role.HEAD, Role.ROUTER)
 # what vLLM loads as one matrix (packed_modules_mapping), however it is stored
 FUSED = {
@@ -86,6 +87,10 @@ class CompressedTensorsFormat:
     def fallback(self, grid: str, linear: Linear) -> str | None:
         """None: which float type a module could stay in is for a rule to say."""
         return None
+
+    def candidates(self, linear: Linear) -> tuple[str, ...]:
+        """One integer grid, as several are not written in one folder."""
+        return () if linear.role in APART else CANDIDATES
 
     def ties(self, architecture: Architecture) -> Mapping[str, str]:
         """Linears of one fused module, and those that vLLM fuses on loading: it refuses a half-quantized group."""

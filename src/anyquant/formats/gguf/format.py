@@ -57,6 +57,10 @@ class GGUFFormat:
         """The grid that llama.cpp takes for rows that are no multiple of the block."""
         return fallback(grid, linear.view.columns)
 
+    def candidates(self, linear: Linear) -> tuple[str, ...]:
+        """Those of presets.toml; routers stay in float."""
+        return () if linear.role is Role.ROUTER else tables().candidates
+
     def ties(self, architecture: Architecture) -> Mapping[str, str]:
         """Linears of one fused tensor (Phi-3's qkv, and its gate and up)."""
         if architecture.dimensions.experts:

@@ -77,7 +77,7 @@ class Tables:
     """All of presets.toml.
 
     `fallback` maps a grid to (row multiple that it needs, the grid to take otherwise), `apart` a grid that no preset is
-    based on to the grids of head and embedding, by role.
+    based on to the grids of head and embedding, by role. `candidates` are the grids among which a search chooses.
     """
 
     presets: Mapping[str, Preset]
@@ -85,6 +85,7 @@ class Tables:
     fallback: Mapping[str, tuple[int, str]]
     apart: Mapping[str, Mapping[str, str]]
     router: str
+    candidates: tuple[str, ...]
 
 
 @cache
@@ -110,6 +111,7 @@ def tables() -> Tables:
         fallback={grid: (row["multiple"], row["grid"]) for grid, row in raw["fallback"].items()},
         apart=raw["apart"],
         router=raw["router"],
+        candidates=tuple(raw["candidates"]),
     )
 
 
