@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anyquant.contract.metrics import Metric, baseline, compare, load_metric, scores
+from anyquant.contract.metrics import Metric, baseline, compare, load_metrics, scores
 from anyquant.core.errors import UsageError
 from anyquant.evaluation.drops import Drop, Scores, drop_of
 from anyquant.evaluation.limits import Contract, DropLimit
@@ -35,7 +35,7 @@ table = {}
 def metric(tmp_path: Path) -> Callable[[str], Metric]:
     path = tmp_path / "mine.py"
     path.write_text(CODE)
-    return lambda function: load_metric(DropLimit(f"{path}:{function}:higher", 0.01))
+    return lambda function: load_metrics([DropLimit(f"{path}:{function}:higher", 0.01)])[0]
 
 
 @pytest.mark.parametrize(
@@ -77,13 +77,26 @@ def test_a_limit_is_read_as_it_is_written() -> None:
 )
 def test_what_is_not_there_is_refused(spec: str, wrong: str) -> None:
     with pytest.raises(UsageError, match=wrong):
-        load_metric(DropLimit(spec, 0.1))
+        load_metrics([DropLimit(spec, 0.1)])
 
 
 def test_a_file_that_does_not_run_says_where(tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text("x = 1\nx / 0\n")
     with pytest.raises(UsageError, match=r"ZeroDivisionError: division by zero \(bad.py, line 2\)"):
-        load_metric(DropLimit(f"{tmp_path}/bad.py:f:higher", 0.1))
+        load_metrics([DropLimit(f"{tmp_path}/bad.py:f:higher", 0.1)])
+
+
+def test_a_file_is_run_once_and_errors_inside_libraries_name_its_line(tmp_path: Path) -> None:
+    (tmp_path / "two.py").write_text(
+        "import json\nfound = []\ndef f(session, split): found.append(1); return 1\n"
+        "def g(session, split):\n    return len(found)\ndef h(session, split):\n    return json.loads('no')\n"
+    )
+    limits = [DropLimit(f"{tmp_path}/two.py:{name}:higher", 0.1) for name in "fgh"]
+    first, second, third = load_metrics(limits)
+    scores(first, None, "select")
+    assert scores(second, None, "select").mean == 1
+    with pytest.raises(UsageError, match=r"JSONDecodeError: .*\(two.py, line 7\)"):
+        scores(third, None, "select")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -36,13 +36,19 @@ class Metric:
         return self.limit.metric
 
 
-def load_metric(limit: DropLimit) -> Metric:
-    """Import the function: a module by its name, or the one file that is named. Raises UsageError.
+def load_metrics(limits: Sequence[DropLimit]) -> list[Metric]:
+    """Import the functions: modules by their names, or the files that are named, each once. Raises UsageError.
 
     This runs the user's code; nothing but the user's own command line or call ever names it.
     """
+    places = dict.fromkeys(split_metric(limit.metric)[0] for limit in limits)
+    modules = {place: _from_file(Path(place)) if place.endswith(".py") else _from_name(place) for place in places}
+    return [_metric(limit, modules) for limit in limits]
+
+
+def _metric(limit: DropLimit, modules: Mapping[str, ModuleType]) -> Metric:
     place, name, _ = split_metric(limit.metric)
-    module = _from_file(Path(place)) if place.endswith(".py") else _from_name(place)
+    module = modules[place]
     function = getattr(module, name, None)
     if function is None:
         raise UsageError(f"metric {limit.metric}: {place} has no {name}")
@@ -56,7 +62,8 @@ def scores(metric: Metric, session: Any, split: str) -> Scores:
     try:
         values = _numbers(metric.function(session, split))
     except (Exception, SystemExit) as error:
-        raise UsageError(f"metric {metric.name} failed on {split}: {_told(error)}") from error
+        file = getattr(getattr(metric.function, "__code__", None), "co_filename", "")
+        raise UsageError(f"metric {metric.name} failed on {split}: {_told(error, file)}") from error
     if values.ndim > 1 or not values.size:
         shape = "nothing" if not values.size else f"scores of shape {values.shape}"
         raise UsageError(f"metric {metric.name} gave {shape} on {split}; return one score per item, or one number")
@@ -116,15 +123,16 @@ def _from_file(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise UsageError(f"metric: cannot import {path}: {_told(error)}") from error
+        raise UsageError(f"metric: cannot import {path}: {_told(error, str(path))}") from error
     return module
 
 
-def _told(error: BaseException) -> str:
-    """The message of somebody else's error, and the last line that raised it."""
-    if isinstance(error, AnyQuantError) or not error.__traceback__:
+def _told(error: BaseException, file: str = "") -> str:
+    """The message of somebody else's error, and the last line of `file` on the way to it, or of any file."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, AnyQuantError) and not file:
         return str(error)
-    place = traceback.extract_tb(error.__traceback__)[-1]
+    place = next((frame for frame in reversed(frames) if frame.filename == file), frames[-1])
     return f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from anyquant.contract.metrics import baseline, compare, load_metric
+from anyquant.contract.metrics import baseline, compare, load_metrics
 from anyquant.core.progress import Progress
 from anyquant.evaluation.drops import Drop, Scores
 from anyquant.evaluation.limits import DropLimit
@@ -21,7 +21,7 @@ class Meter:
     """
 
     def __init__(self, limits: Sequence[DropLimit], original: Path, architecture: Architecture, threads: int) -> None:
-        self.metrics = [load_metric(limit) for limit in limits]
+        self.metrics = load_metrics(limits)
         self.context = min(CONTEXT, architecture.dimensions.context)
         self._original, self._threads = original, threads
         self._baselines: dict[tuple[str, str], Scores] = {}
