@@ -13,12 +13,14 @@ if TYPE_CHECKING:
         DropLimit,
         Recipe,
         Report,
+        Sensitivity,
         evaluate,
         inspect,
         make,
         plan,
         reproduce,
         run,
+        sensitivity,
     )
 
 __version__ = "0.1.0"
@@ -28,12 +30,14 @@ __all__ = [
     "DropLimit",
     "Recipe",
     "Report",
+    "Sensitivity",
     "evaluate",
     "inspect",
     "make",
     "plan",
     "reproduce",
     "run",
+    "sensitivity",
 ]
 
 

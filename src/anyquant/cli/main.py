@@ -16,6 +16,7 @@ from anyquant.core.errors import AnyQuantError, BadInputError
 VERBS = {
     "make": "Quantize a model for a target, prove it in the runtime, publish it with a report.",
     "plan": "Dry run: every tensor, its grid, exact bytes, memory and time; nothing is written.",
+    "sensitivity": "What each part of a model loses on each grid, estimated.",
     "inspect": "What a checkpoint or an artifact holds.",
     "evaluate": "Measure an artifact against the original on a text.",
     "run": "Generate text with an artifact, in its own runtime.",
