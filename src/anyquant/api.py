@@ -1,10 +1,11 @@
 """The verbs in Python, the same as on the command line: make, plan, inspect, evaluate (and reproduce), run."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
+from tempfile import gettempdir
 
 from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.errors import UnsupportedError, UsageError
@@ -21,8 +22,12 @@ from anyquant.pipeline.planner import draft_job
 from anyquant.pipeline.prepare import prepare
 from anyquant.pipeline.recipe import Calibration, Recipe, canonical, chosen, load_recipe
 from anyquant.pipeline.report import Report
+from anyquant.pipeline.rows import Unweighted
+from anyquant.pipeline.sensitivity import Question, Sensitivity, portions_of, sensitivities
+from anyquant.pipeline.statistics import gather
 from anyquant.pipeline.targets import Target, neutral
 from anyquant.pipeline.targets import target as find_target
+from anyquant.pipeline.texts import load_splits, source_tokenizer
 from anyquant.runtimes.base import cores
 from anyquant.store.gguf import GGUFFile
 from anyquant.store.open import open_checkpoint
@@ -157,6 +162,38 @@ def plan(
     return Planned(job, estimate(job, threads or cores(), tokens), refusal)
 
 
+def sensitivity(
+    model: str | Path,
+    *,
+    target: str | None = None,
+    candidates: Sequence[str] = (),
+    method: str = "gradient",
+    text: str | Path | None = None,
+    tokens: int | None = None,
+    save: str | Path | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Sensitivity:
+    """What each part of `model` loses on each of the `candidates`, grids of the target by default: nats per token.
+
+    `method`: "gradient", or "forward", which needs less memory. `save` names a file that is used when it answers the
+    same question, and written otherwise. `text` and its `tokens` as in `make`: rounding is steered by the calibration
+    part, the loss estimated on the select part.
+    """
+    checkpoint, sink = source_of(model_path(model)), progress or Silent()
+    recipe = _recipe(None, None, None, False, text)
+    calibration = recipe.calibration if tokens is None else replace(recipe.calibration, tokens=tokens)
+    prepared = prepare(checkpoint, recipe)
+    splits = load_splits(source_tokenizer(checkpoint), prepared.architecture, calibration)
+    form = rules(_target(target, recipe).format)
+    wanted = Question(prepared, form, [one.tokens for one in splits.select], Unweighted(), tuple(candidates), method)
+    portions_of(wanted)  # refuses what cannot be before anything is calibrated
+    statistics = gather(checkpoint, prepared.architecture, calibration, splits.calibrate, sink)
+    saved = None if save is None else Path(save)
+    folder = Path(gettempdir()) if saved is None else saved.parent
+    return sensitivities(replace(wanted, statistics=statistics), folder, threads or cores(), sink, saved)
+
+
 def inspect(path: str | Path) -> artifacts.Contents:
     """What a checkpoint or artifact holds: kind, family, tensors with type, shape and bytes. Headers only."""
     return artifacts.inspect(model_path(path))
@@ -226,10 +263,12 @@ __all__ = [
     "DropLimit",
     "Recipe",
     "Report",
+    "Sensitivity",
     "evaluate",
     "inspect",
     "make",
     "plan",
     "reproduce",
     "run",
+    "sensitivity",
 ]
