@@ -111,7 +111,7 @@ def heat_map(found: Sensitivity, grid: str) -> str:
                 continue
             marks.append(
                 f'<rect class="cell" x="{left + place * width:.1f}" y="{y}" width="{width - 2:.1f}" height="24" '
-                f'fill-opacity="{shade:.2f}"><title>{where}, {escape(row.role)}: {loss:.2e} nats per token</title></rect>'
+                f'fill-opacity="{shade:.2f}"><title>{where}, {escape(row.role)}: {loss:.2e} nats</title></rect>'
             )
     bottom, step = len(rows) * 26, max(1, len(columns) // 12)
     for place in range(0, len(columns), step):
