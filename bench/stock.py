@@ -5,7 +5,8 @@
 Every quantized row is what `ggml_quantize_chunk` makes of it with the importance that `anyquant make MODEL --text TEXT`
 collects; the tensor types are those of llama.cpp's own quantizer. The GGUF is run in llama.cpp on the *select* and
 *certify* documents of that same command and compared with the original in `transformers`. One JSON line per preset;
-`--out` keeps the files.
+`--out` keeps the files. `bytes` are those of our file, whose header has room for a certificate (800 bytes) that a stock
+file has not.
 
 `--llama` is a folder with a llama.cpp whose libllama exports `llama_model_quantize` (see tools/record_presets.py). Each
 file is then made by that, too, with and without importance, and the tensors of other type or other bytes are listed.
@@ -93,6 +94,7 @@ class Bench:
         began = time.monotonic()
         file = self.write(Recipe(preset=preset), self.statistics, folder)
         found: dict[str, Any] = {"preset": preset, "bytes": file.stat().st_size}
+        found["tensor_bytes"] = sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(file).tensors)
         found["encode_seconds"] = round(time.monotonic() - began, 1)
         for name, reference in self.references.items():
             longest = max(len(document.tokens) for document in reference.documents)
