@@ -37,7 +37,8 @@ def make(out: Path, text: bytes, system: System, overwrite: bool) -> None:
         descriptor = stage.create_sized("sub/big.bin", 6)
         stage.write_at(descriptor, 0, text)
         stage.write_at(descriptor, 3, text)
-        stage.write_file("small.txt", text)
+        stage.write_file("small.txt", text[::-1])
+        stage.replace_start("small.txt", text)
         (stage.folder / "foreign").write_bytes(text)
         stage.publish()
 

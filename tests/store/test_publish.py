@@ -92,6 +92,17 @@ def test_discarded_files_can_be_made_again(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "a").read_bytes() == b"z"
 
 
+def test_first_bytes_of_a_finished_file_are_replaced(tmp_path: Path) -> None:
+    with Stage(tmp_path / "out") as stage:
+        stage.write_file("a.bin", b"blank and more")
+        stage.replace_start("a.bin", b"FULL!")
+        stage.publish()
+    assert (tmp_path / "out" / "a.bin").read_bytes() == b"FULL! and more"
+    verify_manifest(tmp_path / "out")
+    with pytest.raises(OutputError, match=r"none\.bin"), Stage(tmp_path / "two") as stage:
+        stage.replace_start("none.bin", b"x")
+
+
 def test_foreign_disk_errors_become_one_line(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"cannot write .*out: the disk is full"), Stage(tmp_path / "out"):
         raise OSError(28, "No space left on device")
