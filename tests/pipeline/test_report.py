@@ -3,12 +3,13 @@
 import json
 import math
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 
 import pytest
 
 from anyquant.core.ledger import Ledger, Line
+from anyquant.evaluation.verdict import LimitResult, Status
 from anyquant.pipeline.picture import Point
 from anyquant.pipeline.report import Conversion, Loss, Report, render_html, render_json, render_markdown
 
@@ -90,6 +91,7 @@ KEYS = [
     "peak_memory",
     "warnings",
     "deployment",
+    "limits",
 ]
 LINE = [
     "name",
@@ -123,6 +125,14 @@ def test_the_json_schema() -> None:
     assert loaded["bits_per_weight"] == pytest.approx(8 * 212 / 200)
     assert loaded["loss"]["mean_kl"] == [0.005, 0.004, 0.006]
     assert render_json(REPORT) == render_json(replace(REPORT))
+
+
+def test_each_limit_stands_with_its_evidence() -> None:
+    limit = LimitResult("max_kl", 0.02, 0.0123, math.nan, 0.0135, Status.PASS, "mean KL 0.0123, fine.")
+    report = replace(REPORT, limits=(limit,))
+    found = strict(render_json(report))["limits"]
+    assert found == [{**asdict(limit), "lower": None, "status": "pass"}]
+    assert "| max_kl | 0.02 | 0.0123 | nan | 0.0135 | pass |" in render_markdown(report)
 
 
 def test_json_is_strict_whatever_was_measured() -> None:

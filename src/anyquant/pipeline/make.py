@@ -309,6 +309,7 @@ class Maker:
             status=self._status(verdict),
             sentences=self._sentences(verdict),
             contract=request.contract.as_dict(),
+            limits=verdict.limits,
             loss=None if measures is None else loss_of(measures, "certify"),
             conversion=self.evidence.proof.conversion,
             speed=self.evidence.proof.speed,

@@ -12,6 +12,7 @@ from typing import Any
 from anyquant.core.extras import require
 from anyquant.core.ledger import Ledger
 from anyquant.evaluation.limits import QUALITIES
+from anyquant.evaluation.verdict import LimitResult
 from anyquant.pipeline.deployment import Deployment
 from anyquant.pipeline.picture import Point, error_map, human_bytes, size_and_loss
 
@@ -61,7 +62,8 @@ class Report:
     """Everything a person or a machine may ask about an artifact. Plain data.
 
     `chain` is what was done to the matrices, as one writes it. `notes` say matrix by matrix what was decided on the way
-    or did not go as usual. `deployment` is how to run it.
+    or did not go as usual. `deployment` is how to run it. `limits` are those of the contract, each with its
+    evidence.
     """
 
     anyquant: str
@@ -91,6 +93,7 @@ class Report:
     warnings: tuple[str, ...] = field(default=())
     notes: tuple[str, ...] = field(default=())
     deployment: Deployment | None = None
+    limits: tuple[LimitResult, ...] = ()
 
     @property
     def bits_per_weight(self) -> float:
@@ -253,6 +256,19 @@ def render_markdown(report: Report) -> str:
         lines += _table(
             ("preset", "bytes", "mean KL", "95 % interval", "text"),
             [(p.label, f"{p.nbytes:,}", f"{p.kl:.5f}", f"{p.low:.5f} to {p.high:.5f}", p.text) for p in report.points],
+        )
+    if report.limits:
+        lines += ["", "## Limits", "", "Bounds are one-sided, each right with 95 % confidence.", ""]
+        lines += _table(
+            ("limit", "at", "measured", "lower bound", "upper bound", "verdict"),
+            [
+                (
+                    one.name,
+                    *(f"{value:.6g}" for value in (one.limit, one.value, one.lower, one.upper)),
+                    one.status.value,
+                )
+                for one in report.limits
+            ],
         )
     if report.deployment is not None:
         lines += ["", "## Deployment", "", "Inside the output folder:", "", f"    {report.deployment.command}"]
