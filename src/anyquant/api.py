@@ -1,5 +1,6 @@
 """The verbs in Python, the same as on the command line: make, plan, inspect, evaluate (and reproduce), run."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from anyquant.grids import names as grid_names
 from anyquant.pipeline import artifacts
 from anyquant.pipeline.certificate import Reproduction
 from anyquant.pipeline.cost import Planned, estimate
-from anyquant.pipeline.make import Maker, Request
+from anyquant.pipeline.make import Bounds, Maker, Request
 from anyquant.pipeline.planner import draft_job
 from anyquant.pipeline.prepare import prepare
 from anyquant.pipeline.recipe import Calibration, Recipe, canonical, chosen, load_recipe
@@ -78,6 +79,16 @@ def _target(name: str | None, recipe: Recipe) -> Target:
     return goal
 
 
+def _refuse_idle(recipe: Recipe, budget: float | None, sensitivity: str | Path | None) -> None:
+    """Raise UsageError for what only a search heeds, where there is none."""
+    given = {"--pin": recipe.pins, "--budget": budget is not None, "--sensitivity": sensitivity is not None}
+    for flag, used in given.items():
+        if used:
+            raise UsageError(
+                f"{flag} is for a search, and nothing is searched here: give limits, and no preset, grid or rules"
+            )
+
+
 def _default(goal: Target, recipe: Recipe) -> Recipe:
     if not goal.default_preset:
         raise UsageError("say what to do: --grid, or a target with --for")
@@ -99,26 +110,33 @@ def make(
     overwrite: bool = False,
     threads: int | None = None,
     memory: int | None = None,
+    budget: float | None = None,
+    sensitivity: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Quantize `model` for `target`, verify and measure it there, and publish it with its report in `out`.
 
-    What to do: `preset` or `grid` or `recipe`; none of them: the smallest rung of the target's ladder that keeps the
-    contract, or its default preset when there is no contract. How good: `quality` ("lossless", "strict", "balanced",
-    "compact": a mean KL) and the further limits of a `contract`. Without a target the neutral quantized state is
-    published.
+    What to do: `preset` or `grid` or `recipe`; none of them: the smallest mixture of the target's grids that keeps the
+    contract (or the best within its bytes), or the default preset when there is no contract. `budget` are the minutes
+    that the search may take, `sensitivity` a file for what it starts from. How good: `quality` ("lossless",
+    "strict", "balanced", "compact": a mean KL) and the further limits of a `contract`. Without a target the neutral
+    quantized state is published.
 
     Raises subclasses of AnyQuantError. A contract that is not met is not an error here: see `Report.status`.
     """
     limits = with_quality(contract or Contract(), quality)
     if limits.max_drop and target is None:
         raise UsageError("--max-drop runs the artifact, and nothing runs the neutral state; name a target with --for")
+    if budget is not None and not (math.isfinite(budget) and budget > 0):
+        raise UsageError(f"--budget is {budget:g}; give minutes, more than 0")
     checkpoint = source_of(model_path(model))
     wish = _recipe(recipe, preset, grid, data_free, text)
     goal = _target(target, wish)
     choose = not _says_what(wish) and not limits.empty
     if choose and not goal.ladder:
         raise UsageError("a quality needs a target to be measured in; name one with --for")
+    if not choose:
+        _refuse_idle(wish, budget, sensitivity)
     if not choose and not _says_what(wish):
         wish = _default(goal, wish)
     request = Request(
@@ -132,6 +150,8 @@ def make(
         overwrite=overwrite,
         threads=threads or cores(),
         memory=memory,
+        bounds=Bounds(None if budget is None else 60 * budget),
+        sensitivity=None if sensitivity is None else Path(sensitivity),
     )
     return Maker(request, progress or Silent(), time.monotonic).make()
 

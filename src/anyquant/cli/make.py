@@ -57,6 +57,8 @@ def command(model: str, out: Path, force: bool, as_json: bool, quiet: bool, **fl
             overwrite=force,
             threads=flags["threads"],
             memory=bytes_of(flags["ram"]),
+            budget=flags["budget"],
+            sensitivity=flags["sensitivity"],
             progress=progress,
         )
     if as_json:

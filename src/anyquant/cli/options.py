@@ -58,6 +58,20 @@ _HOW_GOOD = (
         "or module:function:higher. Repeatable.",
     ),
     click.option("--max-size", metavar="SIZE", help="Most bytes of its files: 4.6GB, 13200000B or 4.5bpw."),
+    click.option(
+        "--pin",
+        "pins",
+        multiple=True,
+        metavar="NAME=GRID",
+        help="What the search must not change: attn_v=q6_k, blocks.0.*=q8_0. Repeatable.",
+    ),
+    click.option("--budget", type=float, metavar="MINUTES", help="Time for the search; the best by then is certified."),
+    click.option(
+        "--sensitivity",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="What `anyquant sensitivity --save` wrote; made if it is not there.",
+    ),
 )
 
 # flag -> key of [calibration] in a recipe
@@ -111,6 +125,8 @@ def recipe_of(flags: dict[str, Any]) -> Recipe:
         if twice := [name for name in names if names.count(name) > 1]:
             raise UsageError(f"--option {twice[0]} is given twice; keep one of them")
         given["options"] = {**recipe.options, **dict(options)}
+    if flags.get("pins"):
+        given["pins"] = {**recipe.pins, **dict(map(_pin, flags["pins"]))}
     calibration = {name: flags[flag] for flag, name in CALIBRATION.items() if flags.get(flag) is not None}
     if flags.get("keep_imatrix"):
         calibration["keep_imatrix"] = True
@@ -119,6 +135,13 @@ def recipe_of(flags: dict[str, Any]) -> Recipe:
         if flags.get("imatrix") is not None:
             raise UsageError("--data-free and --imatrix exclude each other")
     return replace(recipe, **given, calibration=replace(recipe.calibration, **calibration))
+
+
+def _pin(text: str) -> tuple[str, str]:
+    name, equals, grid = text.partition("=")
+    if not equals or not name.strip() or not grid.strip():
+        raise UsageError(f"--pin {text}: expected NAME=GRID, e.g. attn_v=q6_k")
+    return name.strip(), grid.strip()
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -1,5 +1,6 @@
 """The main job: open, plan, calibrate, quantize, verify, measure in the runtime, judge, publish with a report."""
 
+import math
 import resource
 import sys
 from collections.abc import Callable, Sequence
@@ -10,8 +11,9 @@ from pathlib import Path
 from anyquant import __version__
 from anyquant.calibrate.text import Document, Splits, Tokenizer
 from anyquant.contract.metrics import CERTIFY, SELECT
+from anyquant.contract.search import Effort
 from anyquant.core.checkpoint import Checkpoint
-from anyquant.core.errors import OutputError
+from anyquant.core.errors import InconclusiveError, OutputError
 from anyquant.core.progress import Progress
 from anyquant.evaluation.drops import Drop
 from anyquant.evaluation.limits import Contract
@@ -34,8 +36,9 @@ from anyquant.pipeline.prepare import prepare, prove_static
 from anyquant.pipeline.quantized import Quantized, Quantizer
 from anyquant.pipeline.recipe import Recipe
 from anyquant.pipeline.report import Report
-from anyquant.pipeline.search import Found, measured_of
+from anyquant.pipeline.search import Found, Search, measured_of, space_of
 from anyquant.pipeline.selection import Selection, point_of
+from anyquant.pipeline.sensitivity import Question, sensitivities
 from anyquant.pipeline.staged import Room
 from anyquant.pipeline.statistics import IMATRIX, refuse_imatrix
 from anyquant.pipeline.targets import Target, expect_libraries
@@ -62,6 +65,7 @@ class Request:
     """One call of `make`. `choose`: nothing says what to do, so the contract decides, within `bounds`.
 
     `memory`: bytes that activations may take while calibrating; beyond it they lie in a file. None: all there is.
+    `sensitivity`: the file of what the search starts from, made if it is not there.
     """
 
     location: str
@@ -75,6 +79,7 @@ class Request:
     threads: int
     memory: int | None = None
     bounds: Bounds = Bounds()
+    sensitivity: Path | None = None
 
 
 @dataclass
@@ -115,7 +120,8 @@ class Maker:
         contract = request.contract.resolved(sum(linear.weights for linear in self.original.linears))
         self.request = request = replace(request, contract=contract)
         calibration = request.recipe.calibration
-        self.measuring = not calibration.data_free or calibration.text is not None or request.contract.needs_measures
+        asked = request.choose or request.contract.needs_measures
+        self.measuring = not calibration.data_free or calibration.text is not None or asked
         self.importance = not calibration.data_free
         self.meter = Meter(contract.max_drop, Path(request.checkpoint.location), self.original, request.threads)
         self.evidence = _Evidence()
@@ -212,20 +218,61 @@ class Maker:
         )
         job = plans[0]
         if self.request.choose and splits is not None:
-            job = self._chosen(plans, stage, splits, selection)
+            job = self._chosen(plans, stage, splits, selection, quantizer)
         quantized = selection.bring(job)
         self.evidence.points = tuple(selection.points)
         with self.watch.stage("verify"):
             return Finished(quantized, self.backend.verify(quantized, stage))
 
-    def _chosen(self, plans: list[Job], stage: Stage, splits: Splits, selection: Selection) -> Job:
+    def _chosen(
+        self, plans: list[Job], stage: Stage, splits: Splits, selection: Selection, quantizer: Quantizer
+    ) -> Job:
         """The job that the contract asks for: a mixture of the target's grids, or a rung of its ladder."""
         with self.watch.stage("reference"):
             reference = self._reference(splits.select, stage)
         try:
-            return self._climb(plans, reference, selection)
+            if not any(self.rules.candidates(linear) for linear in self.model.architecture.linears):
+                return self._climb(plans, reference, selection)
+            return self._search(splits, reference, selection, quantizer, stage)
         finally:
             reference.close()
+
+    def _search(
+        self, splits: Splits, reference: ReferenceLogits, selection: Selection, quantizer: Quantizer, stage: Stage
+    ) -> Job:
+        """The mixture of the target's grids that the contract asks for; all that was tried is in the evidence."""
+        request, began = self.request, self.watch.clock()
+        recipe = request.recipe
+        statistics = quantizer.importance(make_job(self.model, self.rules, recipe, self.importance))
+        question = Question(
+            model=self.model,
+            target=self.rules,
+            documents=[document.tokens for document in splits.select],
+            statistics=statistics,
+            transforms=recipe.chain,
+            dtype=recipe.calibration.dtype,
+        )
+        with self.watch.stage("sensitivity"):
+            found = sensitivities(question, stage.folder.parent, request.threads, self.progress, request.sensitivity)
+        search = Search(
+            space_of(found, recipe, self.model.architecture),
+            replace(recipe, rules=recipe.pinned, pins={}),
+            request.contract,
+            lambda wish: make_job(self.model, self.rules, wish, self.importance),
+            lambda job: selection.measure(job, reference, f"try {len(selection.points) + 1}"),
+        )
+        seconds = request.bounds.seconds
+        effort = Effort(
+            evaluations=request.bounds.evaluations,
+            expired=lambda: seconds is not None and self.watch.clock() - began > seconds,
+            spread=math.sqrt(len(splits.select) / len(splits.certify)),
+        )
+        stronger = self.importance and recipe.algorithm is None and recipe.calibration.imatrix is None
+        outcome = search.run(effort, stronger, self.progress.say)
+        self.evidence.sentences = (outcome.reason,)
+        if outcome.best is None:
+            raise InconclusiveError(f"{outcome.reason} Give a longer --budget.")
+        return search.job(outcome.best.choice)
 
     def _climb(self, plans: list[Job], reference: ReferenceLogits, selection: Selection) -> Job:
         for job in plans:
@@ -280,7 +327,7 @@ class Maker:
 
     def _sentences(self, verdict: Verdict) -> tuple[str, ...]:
         measured = self.evidence.measures is not None
-        said = [] if measured else ["Nothing was measured."]
+        said = [*self.evidence.sentences] if measured else ["Nothing was measured."]
         if measured or not self.request.contract.empty:
             said.append(verdict.sentence)
         if verdict.status in (Status.FAIL, Status.INCONCLUSIVE):

@@ -21,6 +21,8 @@ from anyquant.store.state import canonical_json
 from anyquant.store.system import SYSTEM, remove_tree
 from anyquant.transforms.checkpoint import layers
 
+ROOM = 4  # bytes on disk per weight that a staged job may need at most: codes, parameters, states
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -52,6 +54,8 @@ class Quantizer:
     ) -> None:
         self._documents, self._room, self._versions, self._progress = documents, room, versions, progress
         self._gathered: Statistics | None = None
+        self._last: Statistics | None = None
+        self._earlier: list[Path] = []
         self._work: Work | None = None
         self._folder = room.out.absolute().with_name(f".{room.out.name}.work")
         self._mine = self._folder
@@ -71,16 +75,24 @@ class Quantizer:
             return Quantized(job, Unweighted(), Direct(job, Unweighted()))
         if is_staged(job):
             return self._staged(job, self._documents)
+        found = self.importance(job)
+        return Quantized(job, found, Direct(job, found))
+
+    def importance(self, job: Job) -> Importance:
+        """What steers the rounding of a job that is not staged: statistics of the float model, or nothing."""
+        if self._documents is None:
+            return Unweighted()
         if self._gathered is None:
             calibration = job.recipe.calibration
             self._gathered = gather(job.checkpoint, job.architecture, calibration, self._documents, self._progress)
-        return Quantized(job, self._gathered, Direct(job, self._gathered))
+        self._last = self._gathered
+        return self._gathered
 
     def keep_imatrix(self, path: Path, job: Job) -> None:
         """Write the statistics of the job as llama.cpp's importance file, where the recipe asks for it."""
         calibration = job.recipe.calibration
-        if calibration.keep_imatrix and self._gathered is not None and self._documents is not None:
-            keep(path, self._gathered, job.architecture, calibration, len(self._documents))
+        if calibration.keep_imatrix and self._last is not None and self._documents is not None:
+            keep(path, self._last, job.architecture, calibration, len(self._documents))
 
     def remove(self) -> None:
         """The output is published: what was kept for going on is not needed any more."""
@@ -89,12 +101,15 @@ class Quantizer:
             remove_tree(SYSTEM, self._folder)
 
     def _staged(self, job: Job, documents: Sequence[Document]) -> Quantized:
-        if self._work is not None:  # of an earlier job of this run, whose output was not good enough
+        if self._work is not None:  # of an earlier job of this run; it is kept, as it may be the best in the end
             self._close()
-            remove_tree(SYSTEM, self._mine)
+            self._earlier.append(self._mine)
         identity = _identity(job, documents, self._versions)
         self._mine = self._folder / sha256(canonical_json(identity)).hexdigest()[:16]
-        others = [path for path in self._folder.glob("*") if path != self._mine]
+        if self._mine in self._earlier:
+            self._earlier.remove(self._mine)
+        self._make_room(job)
+        others = [path for path in self._folder.glob("*") if path != self._mine and path not in self._earlier]
         if others:
             self._progress.say(
                 f"{self._folder} keeps the unfinished work of {len(others)} other runs to this output, with other "
@@ -102,9 +117,14 @@ class Quantizer:
             )
         self._work = work = Work(self._mine, identity)
         done = Stages(job, documents, work, self._room, self._progress).run()
-        self._gathered = done.statistics
+        self._last = done.statistics
         rows = Stored({name: work.entry(key) for name, key in done.entries.items()})
         return Quantized(done.job, done.statistics, rows, work.folder, done.entries, _maxima(done), done.notes)
+
+    def _make_room(self, job: Job) -> None:
+        """Earlier jobs of this run go away, the oldest first, where the disk has no place for another one."""
+        while self._earlier and SYSTEM.free_bytes(self._folder) < ROOM * job.weights:
+            remove_tree(SYSTEM, self._earlier.pop(0))
 
     def _close(self) -> None:
         if self._work is not None:

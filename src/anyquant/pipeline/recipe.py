@@ -80,7 +80,8 @@ class Recipe:
     under a contract may exchange for more where it pays. `activations` names the grid on
     which the inputs of the block Linears are rounded while the model runs, each token for itself ("int8-channel"), or
     with one calibrated scale ("int8-tensor:static"). `kv_cache` are the types of the key-value cache with which the
-    artifact will run and is judged, "q8_0" or "q8_0,q4_0" (keys, values); None: the runtime's default.
+    artifact will run and is judged, "q8_0" or "q8_0,q4_0" (keys, values); None: the runtime's default. `pins` are for a
+    search under a contract: a role or a pattern of Linears, and the grid that it must not change.
     """
 
     preset: str | None = None
@@ -92,7 +93,19 @@ class Recipe:
     activations: str | None = None
     kv_cache: str | None = None
     rules: tuple[Rule, ...] = ()
+    pins: Mapping[str, str] = field(default_factory=dict)
     calibration: Calibration = Calibration()
+
+    @property
+    def pinned(self) -> tuple[Rule, ...]:
+        """What a search must leave as it is, as rules: pins, and the grids of embedding and head."""
+        named = {Role.EMBEDDING.value: self.embedding, Role.HEAD.value: self.head}
+        pins = {**{name: grid for name, grid in named.items() if grid is not None}, **self.pins}
+        roles = {role.value for role in Role}
+        return tuple(
+            Rule(role=name, grid=grid) if name in roles else Rule(pattern=name, grid=grid)
+            for name, grid in pins.items()
+        )
 
     @property
     def chain(self) -> str:
@@ -185,6 +198,13 @@ def _calibration(table: Mapping[str, Any]) -> Calibration:
     )
 
 
+def _pins(table: Mapping[str, Any]) -> Mapping[str, str]:
+    for name, grid in table.items():
+        if not isinstance(grid, str):
+            raise UsageError(f"recipe: pins: {name} is {grid!r}; give the name of a grid")
+    return dict(table)
+
+
 def parse_recipe(table: Mapping[str, Any]) -> Recipe:
     """A recipe from parsed TOML. Raises UsageError naming the key that is wrong."""
     _known(
@@ -200,6 +220,7 @@ def parse_recipe(table: Mapping[str, Any]) -> Recipe:
             "activations",
             "kv_cache",
             "rule",
+            "pins",
             "calibration",
         },
         "recipe",
@@ -217,6 +238,7 @@ def parse_recipe(table: Mapping[str, Any]) -> Recipe:
         activations=_typed(table, "activations", str, "recipe"),
         kv_cache=_typed(table, "kv_cache", str, "recipe"),
         rules=tuple(_rule(rule, index) for index, rule in enumerate(rules)),
+        pins=_pins(_typed(table, "pins", dict, "recipe") or {}),
         calibration=_calibration(_typed(table, "calibration", dict, "recipe") or {}),
     )
     if recipe.preset is not None and recipe.grid is not None:
@@ -279,4 +301,5 @@ def canonical(recipe: Recipe) -> Recipe:
         activations=lower(recipe.activations),
         kv_cache=None if recipe.kv_cache is None else str(CacheTypes.parse(recipe.kv_cache)),
         rules=tuple(replace(rule, grid=lower(rule.grid)) for rule in recipe.rules),
+        pins={name: grid.lower() for name, grid in recipe.pins.items()},
     )

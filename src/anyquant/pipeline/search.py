@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from anyquant.contract.allocate import Allocation, Choice, Group, allocate, curve
+from anyquant.contract.allocate import Allocation, Candidate, Choice, Group, allocate, curve
 from anyquant.contract.measured import BOUND, Margin, Measured, at_least, at_most
 from anyquant.contract.search import Effort, Outcome, Problem, best_within_bytes, smallest_within_limits
+from anyquant.core.errors import UsageError
 from anyquant.core.linear import Linear
 from anyquant.evaluation.drops import Drop
 from anyquant.evaluation.limits import Contract
@@ -17,6 +18,7 @@ from anyquant.models.architecture import Architecture
 from anyquant.pipeline.choice import Wanted, rules_of
 from anyquant.pipeline.planner import Job
 from anyquant.pipeline.recipe import Recipe, Rule
+from anyquant.pipeline.sensitivity import Sensitivity
 
 STRONGER = "gptq"  # what rounding is exchanged for where that is measured to pay
 WORTH = 0.95  # of the loss of rounding: what a stronger algorithm must come down to
@@ -35,6 +37,26 @@ class Space:
     def kinds(self, architecture: Architecture) -> Mapping[str, str]:
         """The role of each group's Linears: what predictions may be wrong about in common."""
         return {name: architecture.by_name[linears[0]].role.value for name, linears in self.members.items()}
+
+
+def space_of(found: Sensitivity, recipe: Recipe, architecture: Architecture) -> Space:
+    """Where the recipe pins a matrix, its group has one candidate. Raises UsageError for a pin that matches nothing."""
+    pinned: dict[str, str] = {}
+    for rule in recipe.pinned:
+        matched = [linear.name for linear in architecture.linears if rule.matches(linear)]
+        if not matched or rule.grid is None:
+            raise UsageError(f"--pin {rule.role or rule.pattern}: matches no matrix of this model")
+        find_grid(rule.grid)
+        pinned |= dict.fromkeys(matched, rule.grid)
+    groups = []
+    for portion, group in zip(found.portions, found.groups, strict=True):
+        fixed = next((pinned[name] for name in portion.linears if name in pinned), None)
+        if fixed is not None:
+            bits = sum(find_grid(fixed).bits(architecture.by_name[name].shape) for name in portion.linears)
+            known = [each for each in group.candidates if each.name == fixed]
+            group = Group(group.name, tuple(known) or (Candidate(fixed, bits // 8, 0.0),))
+        groups.append(group)
+    return Space(tuple(groups), {portion.name: portion.linears for portion in found.portions})
 
 
 @dataclass(frozen=True)
