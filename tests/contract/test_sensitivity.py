@@ -13,7 +13,7 @@ def test_by_hand() -> None:
     assert found.loss == pytest.approx(5 / 6)
     spread = 2 * ((1 - 2 * 5 / 6) ** 2 + (4 - 4 * 5 / 6) ** 2)
     assert found.error == pytest.approx(spread**0.5 / 6)
-    assert from_products(np.array([[2.0]]), [4]) == Estimate(0.5, float("inf"))
+    assert from_products(np.array([[2.0]]), [4]) == Estimate(0.5, 0.5)
 
 
 def test_the_standard_error_covers_what_it_should() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +86,7 @@ def print_sensitivity(found: "Sensitivity", grid: str) -> None:
         own = [next(depth) for _ in row.losses]
         merged = [max(own[start : start + step]) for start in range(0, len(own), step)]
         total = sum(loss for loss in row.losses if loss is not None)
-        marks = "".join(2 * SHADES[round(shade * (len(SHADES) - 1))] for shade in merged)
+        marks = "".join(2 * SHADES[ceil(shade * (len(SHADES) - 1))] for shade in merged)
         console.print(f"{row.role:>12}  {marks}  {total:.5f}", markup=False)
     table = Table(box=None, header_style="dim", title=f"most sensitive on {grid}", title_justify="left")
     table.add_column("part", no_wrap=True)

@@ -17,7 +17,10 @@ Float64 = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """`loss` in nats per token, and its standard error from the spread between documents (infinite for one)."""
+    """`loss` in nats per token, and its standard error from the spread between documents.
+
+    Of a single document the error is the loss itself: nothing is known of the spread.
+    """
 
     loss: float
     error: float
@@ -41,7 +44,7 @@ def from_documents(divergences: Float64, lengths: Sequence[int]) -> Estimate:
     sizes, count = np.asarray(lengths, dtype=np.float64), len(lengths)
     loss = float(divergences.sum() / sizes.sum())
     if count < 2:
-        return Estimate(loss, float("inf"))
+        return Estimate(loss, abs(loss))
     spread = float(np.square(divergences - loss * sizes).sum()) * count / (count - 1)
     return Estimate(loss, float(np.sqrt(spread) / sizes.sum()))
 

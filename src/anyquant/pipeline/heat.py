@@ -9,7 +9,7 @@ from anyquant.pipeline.picture import human_bytes
 from anyquant.pipeline.sensitivity import Portion, Sensitivity
 
 MOST = 12  # of the most sensitive parts are listed
-TYPICAL = 0.28  # of the stored bytes: what a grid of some four bits takes
+TYPICAL = 4.5  # bits per weight: the grid nearest to it is shown
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -55,14 +55,13 @@ class Row:
 
 def shown_grid(found: Sensitivity) -> str:
     """The candidate of some four bits, which most parts have."""
-    shares: dict[str, list[float]] = {}
+    bits: dict[str, list[float]] = {}
     for portion in found.portions:
-        largest = max(cell.nbytes for cell in portion.cells)
         for cell in portion.cells:
             if cell.grid != portion.stored:
-                shares.setdefault(cell.grid, []).append(cell.nbytes / largest)
-    common = max(map(len, shares.values()))
-    known = {grid: sum(own) / len(own) for grid, own in shares.items() if 2 * len(own) >= common}
+                bits.setdefault(cell.grid, []).append(8 * cell.nbytes / portion.weights)
+    common = max(map(len, bits.values()))
+    known = {grid: sum(own) / len(own) for grid, own in bits.items() if 2 * len(own) >= common}
     return min(known, key=lambda grid: abs(known[grid] - TYPICAL))
 
 

@@ -59,6 +59,7 @@ class Portion:
     block: int | None
     expert: int | None
     linears: tuple[str, ...]
+    weights: int
     stored: str
     cells: tuple[Cell, ...]
 
@@ -103,6 +104,7 @@ def _portion(
         block=first.block,
         expert=first.expert,
         linears=tuple(linear.name for linear in linears),
+        weights=sum(linear.weights for linear in linears),
         stored=question.model.stored_grid(first),
         cells=tuple(sorted(cells, key=lambda cell: cell.nbytes)),
     )
@@ -149,7 +151,7 @@ def _spans(job: Job) -> dict[str, int]:
     for file in job.layout.files:
         starts = sorted(file.parts, key=lambda part: part.offset)
         ends = [*(part.offset for part in starts[1:]), file.nbytes]
-        after |= {part.name: end - part.offset for part, end in zip(starts, ends, strict=True)}
+        after |= {part.name: end - part.offset for part, end in zip(starts, ends, strict=False)}
     spans = {}
     for unit in job.layout.units:
         for place, linear in enumerate(unit.linears):

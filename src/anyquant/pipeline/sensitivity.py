@@ -24,14 +24,26 @@ from anyquant.core.linear import Linear
 from anyquant.core.progress import Progress
 from anyquant.grids import grid as find_grid
 from anyquant.models.streaming import BATCH_TOKENS, StreamedModel
-from anyquant.pipeline.portions import METHODS, Cell, Portion, Question, RoundingErrors, portions_of
+from anyquant.pipeline.portions import DRAWS, METHODS, Cell, Portion, Question, RoundingErrors, portions_of
 from anyquant.pipeline.recipe import Rule
 from anyquant.pipeline.work import source_identity
 from anyquant.store.strict_json import parse_json
 from anyquant.store.system import reading, writing
 
-__all__ = ["METHODS", "Cell", "Portion", "Question", "Sensitivity", "load", "portions_of", "save", "sensitivities"]
+__all__ = [
+    "FORWARDS",
+    "METHODS",
+    "Cell",
+    "Portion",
+    "Question",
+    "Sensitivity",
+    "load",
+    "portions_of",
+    "save",
+    "sensitivities",
+]
 
+FORWARDS = 2.0 + 2 * DRAWS  # of a pass by gradients, about
 MOST_FORWARDS = 20.0
 VERSION = 1
 
