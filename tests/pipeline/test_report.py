@@ -170,7 +170,11 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
-        self.loads += [f"{tag} {key}={value}" for key, value in attrs if key in self.LOADING or key.startswith("on")]
+        self.loads += [
+            f"{tag} {key}={value}"
+            for key, value in attrs
+            if (key in self.LOADING or key.startswith("on")) and not (key == "href" and (value or "").startswith("#"))
+        ]
 
     def handle_data(self, data: str) -> None:
         self.seen += data

@@ -59,7 +59,7 @@ def print_report(report: Report, out: Path) -> None:
 
 def _points(report: Report) -> Table:
     table = Table(title="measured on the way", title_justify="left", title_style="dim", box=None, header_style="dim")
-    table.add_column("preset")
+    table.add_column("what")
     for name in ("bytes", "mean KL", "95 % interval"):
         table.add_column(name, justify="right")
     table.add_column("text")

@@ -22,8 +22,8 @@ _TILT = 2.0
 _PRIOR = 0.5  # standard deviation of a factor about their common mean
 _NOISE = 0.01  # of a measured ratio, paired; more with the distance, where a straight line is no longer true
 _NEAR = 0.7  # of log loss: tries farther from the base tell little about it
-_LEAST_GAIN = 0.005  # of the loss
-_LEAST_SAVING = 0.002  # of the bytes
+_LEAST_GAIN = 0.02  # of the loss: less is not worth a measurement
+_LEAST_SAVING = 0.01  # of the bytes
 _RUNS = 8  # kinds made of neighbours when none are named
 
 

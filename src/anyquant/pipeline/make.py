@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from anyquant import __version__
-from anyquant.calibrate.text import Document, Splits, Tokenizer
+from anyquant.calibrate.text import Document, Splits, Tokenizer, token_count
 from anyquant.contract.metrics import CERTIFY, SELECT
 from anyquant.contract.search import Effort
 from anyquant.core.checkpoint import Checkpoint
@@ -32,13 +32,14 @@ from anyquant.pipeline.measure import ReferenceLogits, below_noise, loss_of
 from anyquant.pipeline.metrics import Meter
 from anyquant.pipeline.picture import Point
 from anyquant.pipeline.planner import Job, chain_of, make_job
+from anyquant.pipeline.portions import Question
 from anyquant.pipeline.prepare import prepare, prove_static
 from anyquant.pipeline.quantized import Quantized, Quantizer
 from anyquant.pipeline.recipe import Recipe
 from anyquant.pipeline.report import Report
 from anyquant.pipeline.search import Found, Search, measured_of, space_of
 from anyquant.pipeline.selection import Selection, point_of
-from anyquant.pipeline.sensitivity import Question, sensitivities
+from anyquant.pipeline.sensitivity import sensitivities
 from anyquant.pipeline.staged import Room
 from anyquant.pipeline.statistics import IMATRIX, refuse_imatrix
 from anyquant.pipeline.targets import Target, expect_libraries
@@ -252,6 +253,7 @@ class Maker:
             transforms=recipe.chain,
             dtype=recipe.calibration.dtype,
         )
+        self._say_cost(splits, question.draws)
         with self.watch.stage("sensitivity"):
             found = sensitivities(question, stage.folder.parent, request.threads, self.progress, request.sensitivity)
         search = Search(
@@ -273,6 +275,16 @@ class Maker:
         if outcome.best is None:
             raise InconclusiveError(f"{outcome.reason} Give a longer --budget.")
         return search.job(outcome.best.choice)
+
+    def _say_cost(self, splits: Splits, draws: int) -> None:
+        """What the search will take, from what the reference logits of *select* took."""
+        bounds, tokens = self.request.bounds, token_count(splits.select)
+        once = self.watch.seconds["reference"]
+        text = (
+            f"search: one sensitivity pass (about {2 + 2 * draws} runs over {tokens:,} tokens, of {once:.0f} s each), "
+            f"then at most {bounds.evaluations} artifacts made and measured, and one certified"
+        )
+        self.progress.say(text + (f"; at most {bounds.seconds / 60:g} minutes" if bounds.seconds else ""))
 
     def _climb(self, plans: list[Job], reference: ReferenceLogits, selection: Selection) -> Job:
         for job in plans:

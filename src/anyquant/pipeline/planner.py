@@ -256,7 +256,7 @@ def make_plan(model: Model, target: Rules, recipe: Recipe, importance: bool) -> 
         family=architecture.family,
         decisions=_check_ties(decisions, target.ties(architecture)),
         carried={carried.name: norms for carried in architecture.carried},
-        label=recipe.preset or recipe.grid or "recipe",
+        label=recipe.preset or recipe.grid or "mixture",
         importance=importance,
         kv_cache=recipe.kv_cache,
         transforms=transforms,

@@ -254,8 +254,11 @@ def render_markdown(report: Report) -> str:
     if report.points:
         lines += ["", "## Measured on the way", ""]
         lines += _table(
-            ("preset", "bytes", "mean KL", "95 % interval", "text"),
-            [(p.label, f"{p.nbytes:,}", f"{p.kl:.5f}", f"{p.low:.5f} to {p.high:.5f}", p.text) for p in report.points],
+            ("what", "bytes", "mean KL", "95 % interval", "text", "grids"),
+            [
+                (p.label, f"{p.nbytes:,}", f"{p.kl:.5f}", f"{p.low:.5f} to {p.high:.5f}", p.text, p.detail)
+                for p in report.points
+            ],
         )
     if report.limits:
         lines += ["", "## Limits", "", "Bounds are one-sided, each right with 95 % confidence.", ""]
