@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from anyquant.contract.metrics import Metric, baseline, compare, load_metrics, scores
 from anyquant.core.errors import UsageError
-from anyquant.evaluation.drops import Drop, Scores, drop_of
+from anyquant.evaluation.drops import Drop, Scores, drop_of, share_bound
 from anyquant.evaluation.limits import Contract, DropLimit
 from anyquant.evaluation.verdict import Status, judge
 
@@ -173,12 +174,29 @@ def test_bounds_hold_as_often_as_they_say() -> None:
     """True drop at the limit: at most about 5 % of the experiments may pass (relative, noisy baseline)."""
     random = np.random.default_rng(2)
     passed = 0
-    for _ in range(300):
+    for _ in range(100):
         before = random.normal(1.0, 0.3, 60)
         after = before - random.normal(0.05, 0.1, 60)
         drop = drop_of(DropLimit("m:f:higher", 0.05, relative=True), scored(before), scored(after))
         passed += drop.upper <= 0.05
-    assert passed <= 300 * 0.05 + 3 * math.sqrt(300 * 0.05 * 0.95)
+    assert passed <= 100 * 0.05 + 3 * math.sqrt(100 * 0.05 * 0.95)
+
+
+def test_what_no_item_showed_may_still_happen() -> None:
+    """Right or wrong, 40 items, and none changed: an error of 5 % would look so about once in eight."""
+    same = scored([1.0] * 40)
+    drop = drop_of(DropLimit("m:f:higher", 0.05), same, same)
+    assert drop.value == 0 and drop.upper == pytest.approx(1 - 0.05 ** (1 / 40), rel=1e-6)
+    assert judged(drop).status is Status.INCONCLUSIVE
+    assert judged(drop_of(DropLimit("m:f:higher", 0.08), same, same)).status is Status.PASS
+    for count, items in ((0, 30), (3, 200), (9, 40)):
+        oracle = scipy.stats.binomtest(count, items).proportion_ci(0.9, "exact").high
+        assert share_bound(count, items) == pytest.approx(oracle, rel=1e-6)
+    random, passed = np.random.default_rng(3), 0
+    for _ in range(100):
+        after = scored((random.random(60) > 0.03).astype(float))
+        passed += drop_of(DropLimit("m:f:higher", 0.03), scored([1.0] * 60), after).upper <= 0.03
+    assert passed <= 100 * 0.11  # 3 % of experiments on average; by resampling alone 16 %
 
 
 def test_what_allows_no_bound_is_inconclusive() -> None:

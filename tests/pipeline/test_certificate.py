@@ -193,14 +193,14 @@ def test_metrics_of_ones_own(model_folder: Path, tmp_path: Path, text: Path) -> 
     """On the original by transformers and on the artifact by llama.cpp; a float artifact loses nothing."""
     path = tmp_path / "mine.py"
     path.write_text(METRIC)
-    drops = (DropLimit(f"{path}:agreement:higher", 0.01, relative=True), DropLimit(f"{path}:spoken:higher", 0.5))
+    drops = (DropLimit(f"{path}:agreement:higher", 0.1, relative=True), DropLimit(f"{path}:spoken:higher", 0.5))
     report = aq.make(
         model_folder, out=tmp_path / "out", target="llama.cpp", grid="f16", recipe=SHORT, text=text, threads=1,
         contract=Contract(max_drop=drops),
     )  # fmt: skip
     assert report.status == "inconclusive"  # one number has no bound
     said = " ".join(report.sentences)
-    assert "agreement:higher" in said and "within the limit of 1%" in said and "one number, which has no bound" in said
+    assert "agreement:higher" in said and "within the limit of 10%" in said and "one number, which has no bound" in said
     assert report.contract == {"max_drop": {drop.metric: drop.text for drop in drops}}
     only = Contract(max_drop=drops[:1])
     report = aq.make(

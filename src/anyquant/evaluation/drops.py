@@ -10,6 +10,8 @@ from anyquant.evaluation.bootstrap import ENOUGH_DOCUMENTS, estimate
 from anyquant.evaluation.kl import Float64
 from anyquant.evaluation.limits import HIGHER, DropLimit, split_metric
 
+FEW = 10  # changed items below which resampling alone is not trusted
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -73,7 +75,32 @@ def drop_of(limit: DropLimit, baseline: Scores, candidate: Scores, seed: int = 0
     allowed = limit.amount * math.copysign(1.0, baseline.mean) * baseline.values if limit.relative else np.zeros(items)
     beyond = estimate(differences - allowed, np.ones(items), seed=seed)
     shift = limit.amount if limit.relative else 0.0
-    return Drop(*found, shift + beyond.lower / unit, shift + beyond.upper / unit, items)
+    upper = max(shift + beyond.upper / unit, _rare(differences, baseline, candidate) / unit)
+    return Drop(*found, shift + beyond.lower / unit, upper, items)
+
+
+def _rare(differences: Float64, baseline: Scores, candidate: Scores) -> float:
+    """Upper bound of the drop when few items changed: what none of 40 items showed may still happen to 7 % of all.
+
+    Share of items that become worse (Clopper & Pearson 1934), times the largest drop seen, or the size of the scores.
+    Resampling only ever finds what it has seen; for scores that are right or wrong that would pass too often.
+    """
+    worse, items = differences[differences > 0], len(differences)
+    if np.count_nonzero(differences) >= FEW:
+        return -math.inf
+    both = np.concatenate([baseline.values, candidate.values])
+    largest = float(worse.max() if len(worse) else max(np.abs(both).max(), np.ptp(both)))
+    return share_bound(len(worse), items) * largest
+
+
+def share_bound(count: int, items: int, confidence: float = 0.95) -> float:
+    """Largest share under which `count` or fewer of `items` come up with probability 1 - confidence."""
+    low, high = count / items, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        chance = sum(math.comb(items, k) * middle**k * (1 - middle) ** (items - k) for k in range(count + 1))
+        low, high = (middle, high) if chance > 1 - confidence else (low, middle)
+    return high
 
 
 def failed(limit: DropLimit, baseline: Scores, reason: str) -> Drop:
