@@ -24,7 +24,7 @@ from anyquant.pipeline.prepare import prepare
 from anyquant.pipeline.recipe import Calibration, Recipe, canonical, chosen, load_recipe
 from anyquant.pipeline.report import Report
 from anyquant.pipeline.rows import Unweighted
-from anyquant.pipeline.sensitivity import Question, Sensitivity, portions_of, sensitivities
+from anyquant.pipeline.sensitivity import Question, Sensitivity, refuse, sensitivities
 from anyquant.pipeline.statistics import gather
 from anyquant.pipeline.targets import Target, neutral
 from anyquant.pipeline.targets import target as find_target
@@ -190,6 +190,7 @@ def sensitivity(
     method: str = "gradient",
     text: str | Path | None = None,
     tokens: int | None = None,
+    context: int | None = None,
     save: str | Path | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -197,21 +198,22 @@ def sensitivity(
     """What each part of `model` loses on each of the `candidates`, grids of the target by default: nats per token.
 
     `method`: "gradient", or "forward", which needs less memory. `save` names a file that is used when it answers the
-    same question, and written otherwise. `text` and its `tokens` as in `make`: rounding is steered by the calibration
-    part, the loss estimated on the select part.
+    same question, and written otherwise. `text`, its `tokens` and their `context` as in `make`: rounding is steered by
+    the calibration part, the loss estimated on the select part.
     """
     checkpoint, sink = source_of(model_path(model)), progress or Silent()
     recipe = _recipe(None, None, None, False, text)
-    calibration = recipe.calibration if tokens is None else replace(recipe.calibration, tokens=tokens)
-    prepared = prepare(checkpoint, recipe)
-    splits = load_splits(source_tokenizer(checkpoint), prepared.architecture, calibration)
-    form = rules(_target(target, recipe).format)
-    wanted = Question(prepared, form, [one.tokens for one in splits.select], Unweighted(), tuple(candidates), method)
-    portions_of(wanted)  # refuses what cannot be before anything is calibrated
-    statistics = gather(checkpoint, prepared.architecture, calibration, splits.calibrate, sink)
+    usual = recipe.calibration
+    calibration = replace(usual, tokens=tokens or usual.tokens, context=context or usual.context)
+    prepared, form = prepare(checkpoint, recipe), rules(_target(target, recipe).format)
     saved = None if save is None else Path(save)
+    question = Question(prepared, form, (), Unweighted(), tuple(candidates), method)
+    refuse(question, saved)  # before anything is read
+    splits = load_splits(source_tokenizer(checkpoint), prepared.architecture, calibration)
+    statistics = gather(checkpoint, prepared.architecture, calibration, splits.calibrate, sink)
+    question = replace(question, documents=[document.tokens for document in splits.select], statistics=statistics)
     folder = Path(gettempdir()) if saved is None else saved.parent
-    return sensitivities(replace(wanted, statistics=statistics), folder, threads or cores(), sink, saved)
+    return sensitivities(question, folder, threads or cores(), sink, saved)
 
 
 def inspect(path: str | Path) -> artifacts.Contents:

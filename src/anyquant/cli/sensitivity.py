@@ -10,7 +10,7 @@ import click
 
 from anyquant.cli.options import TEXT_HELP
 from anyquant.cli.progress import TerminalProgress
-from anyquant.core.errors import UsageError
+from anyquant.core.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
     from anyquant.pipeline.sensitivity import Sensitivity
@@ -32,6 +32,7 @@ MOST_COLUMNS = 16  # blocks in a row of the terminal; of more, the worst of neig
 @click.option("--show", metavar="GRID", help="The grid of the map (default: one of some four bits).")
 @click.option("--text", type=click.Path(), metavar="PATH", help=f"{TEXT_HELP} (default: built-in text).")
 @click.option("--tokens", type=click.IntRange(256), metavar="N", help="Most calibration tokens (default 65536).")
+@click.option("--context", type=click.IntRange(32), metavar="N", help="Tokens of a document (default 512).")
 @click.option("--save", type=click.Path(path_type=Path), metavar="FILE", help="Keep the result, or use what is there.")
 @click.option("--html", "-o", type=click.Path(path_type=Path), metavar="FILE", help="Draw a page; replaces FILE.")
 @click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Cores to use (default: all).")
@@ -45,6 +46,7 @@ def command(model: str, as_json: bool, quiet: bool, html: Path | None, show: str
     anyquant sensitivity PATH --for llama.cpp --text mine.txt -o sensitivity.html
     """
     from anyquant import api
+    from anyquant.grids import grid as find_grid
     from anyquant.pipeline.heat import page, shown_grid
     from anyquant.store.system import writing
 
@@ -54,6 +56,10 @@ def command(model: str, as_json: bool, quiet: bool, html: Path | None, show: str
         raise UsageError("--candidates names no grid; write e.g. q3_k,q4_k,q6_k")
     if show is not None and candidates and show not in candidates:
         raise UsageError(f"--show {show} is none of the candidates: {', '.join(candidates)}")
+    if show is not None:
+        find_grid(show)
+    if html is not None and not html.parent.is_dir():
+        raise OutputError(f"{html}: there is no folder {html.parent}; make it first")
     with TerminalProgress(quiet) as progress:
         found = api.sensitivity(model, candidates=candidates, progress=progress, **flags)
     grid = shown_grid(found) if show is None else show

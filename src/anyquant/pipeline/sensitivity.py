@@ -19,7 +19,7 @@ from anyquant.contract.allocate import Candidate, Choice, Group
 from anyquant.contract.sensitivity import Estimate, affordable, carried_over, from_documents, from_products
 from anyquant.core.checkpoint import read_view
 from anyquant.core.dtypes import Float32
-from anyquant.core.errors import BadInputError, UsageError
+from anyquant.core.errors import BadInputError, OutputError, UsageError
 from anyquant.core.linear import Linear
 from anyquant.core.progress import Progress
 from anyquant.grids import grid as find_grid
@@ -39,6 +39,7 @@ __all__ = [
     "Sensitivity",
     "load",
     "portions_of",
+    "refuse",
     "save",
     "sensitivities",
 ]
@@ -99,6 +100,17 @@ class Sensitivity:
         return sum(portion.cell(choice[portion.name]).loss for portion in self.portions)
 
 
+def refuse(question: Question, saved: Path | None) -> None:
+    """Raise now what `sensitivities` would raise after the calibration: for the candidates, and the file `saved`."""
+    if question.method not in METHODS:
+        raise UsageError(f"unknown method {question.method!r}; known: {', '.join(METHODS)}")
+    portions_of(question)
+    if saved is not None and not saved.parent.is_dir():
+        raise OutputError(f"{saved}: there is no folder {saved.parent}; make it first")
+    if saved is not None and saved.exists():
+        load(saved)
+
+
 def sensitivities(
     question: Question, folder: Path, threads: int, progress: Progress, saved: Path | None = None
 ) -> Sensitivity:
@@ -107,8 +119,7 @@ def sensitivities(
     Temporary files lie in `folder`. Raises UsageError for unknown grids or methods and when nothing may be quantized,
     BadInputError for a damaged file, and as `inner_products` and `divergences`.
     """
-    if question.method not in METHODS:
-        raise UsageError(f"unknown method {question.method!r}; known: {', '.join(METHODS)}")
+    refuse(question, saved)
     portions = portions_of(question)
     identity = _identity(question, portions)
     if saved is not None and saved.exists():
