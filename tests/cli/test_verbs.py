@@ -124,23 +124,6 @@ def test_a_contract_that_is_not_met_is_published_with_its_verdict(
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == json.loads(made.out)
 
 
-def test_a_quality_climbs_the_presets(call: Call, model: Model, text: Path, tmp_path: Path) -> None:
-    """The test models are peaked, so that nothing below the float presets keeps the strictest quality."""
-    out = tmp_path / "out"
-    made = call(
-        "make", model("qwen2"), "--for", "llama.cpp", "--quality", "lossless", "--text", text, *SHORT, "-o", out
-    )
-    report = json.loads((out / "report.json").read_text())
-    assert (made.code, report["status"]) == (0, "pass"), made.err
-    sizes = [point["nbytes"] for point in report["points"]]
-    assert sizes == sorted(sizes)
-    assert report["points"][-1]["chosen"]
-    assert report["points"][-1]["label"] == report["points"][-2]["label"]
-    # every rung below was measured and was worse than the limit, the chosen one is the first that is not
-    worse = [point["high"] > 0.0014 for point in report["points"][:-1]]
-    assert worse == [True] * (len(worse) - 1) + [False]
-
-
 def test_paths_that_are_not_unicode(call: Call, model: Model, tmp_path: Path) -> None:
     odd = tmp_path / b"mod\xffel".decode(errors="surrogateescape")
     shutil.copytree(model("llama"), odd)
