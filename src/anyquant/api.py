@@ -18,11 +18,12 @@ from anyquant.grids import names as grid_names
 from anyquant.pipeline import artifacts
 from anyquant.pipeline.certificate import Reproduction
 from anyquant.pipeline.cost import Planned, estimate
-from anyquant.pipeline.make import Bounds, Maker, Request
+from anyquant.pipeline.make import Maker
 from anyquant.pipeline.planner import draft_job
 from anyquant.pipeline.prepare import prepare
 from anyquant.pipeline.recipe import Calibration, Recipe, canonical, chosen, load_recipe
 from anyquant.pipeline.report import Report
+from anyquant.pipeline.request import Bounds, Request
 from anyquant.pipeline.rows import Unweighted
 from anyquant.pipeline.sensitivity import Question, Sensitivity, refuse, sensitivities
 from anyquant.pipeline.statistics import gather
@@ -74,7 +75,7 @@ def _target(name: str | None, recipe: Recipe) -> Target:
     if name is None and recipe.preset is not None:
         raise UsageError(f"--preset {recipe.preset} belongs to a target; name it with --for llama.cpp")
     goal = neutral() if name is None else find_target(name)
-    if recipe.grid is not None and recipe.grid.upper() in goal.ladder and recipe.grid.lower() not in grid_names():
+    if recipe.grid is not None and recipe.grid.upper() in goal.presets and recipe.grid.lower() not in grid_names():
         raise UsageError(f"{recipe.grid} is a preset of {goal.name}: write --preset {recipe.grid.upper()}")
     return goal
 
@@ -133,7 +134,7 @@ def make(
     wish = _recipe(recipe, preset, grid, data_free, text)
     goal = _target(target, wish)
     choose = not _says_what(wish) and not limits.empty
-    if choose and not goal.ladder:
+    if choose and not goal.runtime:
         raise UsageError("a quality needs a target to be measured in; name one with --for")
     if not choose:
         _refuse_idle(wish, budget, sensitivity)

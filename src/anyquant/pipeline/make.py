@@ -1,6 +1,5 @@
 """The main job: open, plan, calibrate, quantize, verify, measure in the runtime, judge, publish with a report."""
 
-import math
 import resource
 import sys
 from collections.abc import Callable, Sequence
@@ -9,14 +8,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from anyquant import __version__
-from anyquant.calibrate.text import Document, Splits, Tokenizer, token_count
+from anyquant.calibrate.text import Document, Splits, Tokenizer
 from anyquant.contract.metrics import CERTIFY, SELECT
-from anyquant.contract.search import Effort
-from anyquant.core.checkpoint import Checkpoint
-from anyquant.core.errors import InconclusiveError, OutputError
+from anyquant.core.errors import OutputError
 from anyquant.core.progress import Progress
 from anyquant.evaluation.drops import Drop
-from anyquant.evaluation.limits import Contract
 from anyquant.evaluation.measures import Measures
 from anyquant.evaluation.verdict import Status, Verdict, judge
 from anyquant.formats import rules
@@ -27,22 +23,21 @@ from anyquant.pipeline import report as reporting
 from anyquant.pipeline.accounts import make_ledger
 from anyquant.pipeline.backends import Proof, backend_for
 from anyquant.pipeline.certificate import certificate_of, seal
+from anyquant.pipeline.choose import Chooser
 from anyquant.pipeline.deployment import deployment_of
 from anyquant.pipeline.measure import ReferenceLogits, below_noise, loss_of
 from anyquant.pipeline.metrics import Meter
 from anyquant.pipeline.picture import Point
 from anyquant.pipeline.planner import Job, chain_of, make_job
-from anyquant.pipeline.portions import Question
 from anyquant.pipeline.prepare import prepare, prove_static
 from anyquant.pipeline.quantized import Quantized, Quantizer
-from anyquant.pipeline.recipe import Recipe
 from anyquant.pipeline.report import Report
-from anyquant.pipeline.search import Found, Search, measured_of, space_of
+from anyquant.pipeline.request import Request
+from anyquant.pipeline.search import Found
 from anyquant.pipeline.selection import Selection, point_of
-from anyquant.pipeline.sensitivity import sensitivities
 from anyquant.pipeline.staged import Room
 from anyquant.pipeline.statistics import IMATRIX, refuse_imatrix
-from anyquant.pipeline.targets import Target, expect_libraries
+from anyquant.pipeline.targets import expect_libraries
 from anyquant.pipeline.texts import DEFAULT_TEXT_WARNING, describe, load_splits, source_tokenizer, usable_context
 from anyquant.pipeline.verify import Verified
 from anyquant.pipeline.watch import Watch
@@ -51,36 +46,6 @@ from anyquant.store.publish import Stage
 from anyquant.transforms.checkpoint import settle
 
 LIBRARIES = ("numpy", "numba", "gguf", "torch", "transformers", "tokenizers", "xllamacpp", "compressed-tensors")
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What a search may take: `seconds` in all (None: as long as it takes), `evaluations` on *select*."""
-
-    seconds: float | None = None
-    evaluations: int = 12
-
-
-@dataclass(frozen=True)
-class Request:
-    """One call of `make`. `choose`: nothing says what to do, so the contract decides, within `bounds`.
-
-    `memory`: bytes that activations may take while calibrating; beyond it they lie in a file. None: all there is.
-    `sensitivity`: the file of what the search starts from, made if it is not there.
-    """
-
-    location: str
-    checkpoint: Checkpoint
-    target: Target
-    recipe: Recipe
-    contract: Contract
-    choose: bool
-    out: Path
-    overwrite: bool
-    threads: int
-    memory: int | None = None
-    bounds: Bounds = Bounds()
-    sensitivity: Path | None = None
 
 
 @dataclass
@@ -137,19 +102,18 @@ class Maker:
         """
         request = self.request
         self._refuse_input_as_output()
-        plans = self._plans()
+        planned = self._planned()
         if self.measuring:
             expect_libraries(request.target.runtime)
-        largest = max(job.layout.nbytes for job in plans)
-        with Stage(request.out, request.overwrite, needed=largest) as stage:
+        with Stage(request.out, request.overwrite, needed=planned.layout.nbytes) as stage:
             splits, tokenizer = self._texts()
             self.meter.take_baselines((SELECT, CERTIFY) if request.choose else (CERTIFY,), self.progress)
             self._settle_transforms()
-            self._prove_transforms(plans[0], splits)
+            self._prove_transforms(planned, splits)
             documents = None if splits is None or not self.importance else splits.calibrate
             quantizer = Quantizer(documents, Room(request.memory, request.out), _versions(), self.progress)
             with quantizer:
-                finished = self._write(plans, stage, splits, quantizer)
+                finished = self._write(planned, stage, splits, quantizer)
                 quantizer.keep_imatrix(stage.folder / IMATRIX, finished.job)
                 if splits is not None and tokenizer is not None:
                     self._certify(finished.job, stage, splits, tokenizer)
@@ -174,15 +138,15 @@ class Maker:
         if source == out or source in out.parents:
             raise OutputError(f"{self.request.out} lies inside the model's folder {source}; choose another -o")
 
-    def _plans(self) -> list[Job]:
-        """The jobs to try, smallest first; just one unless the ladder is climbed. All refusals come here."""
+    def _planned(self) -> Job:
+        """What is asked for; the target's default where the contract is to choose. All refusals come here."""
         request = self.request
-        labels = request.target.ladder if request.choose else [request.recipe.preset]
-        recipes = [replace(request.recipe, preset=label) if request.choose else request.recipe for label in labels]
-        jobs = [make_job(self.model, self.rules, recipe, self.importance) for recipe in recipes]
-        for job in jobs:
-            refuse_imatrix(job)
-        return sorted(jobs, key=lambda job: job.layout.nbytes) if request.choose else jobs
+        recipe = request.recipe
+        if request.choose:
+            recipe = replace(recipe, preset=request.target.default_preset)
+        job = make_job(self.model, self.rules, recipe, self.importance)
+        refuse_imatrix(job)
+        return job
 
     def _texts(self) -> tuple[Splits | None, Tokenizer | None]:
         if not self.measuring:
@@ -212,90 +176,30 @@ class Maker:
             difference = prove_static(job, self.original, splits.calibrate[0].tokens, self.progress)
         self.proofs.append(difference)
 
-    def _write(self, plans: list[Job], stage: Stage, splits: Splits | None, quantizer: Quantizer) -> Finished:
+    def _write(self, planned: Job, stage: Stage, splits: Splits | None, quantizer: Quantizer) -> Finished:
         """Write the artifact, found under the contract if nothing says what to make. Then verify it."""
         selection = Selection(
             self.backend, stage, quantizer, lambda job, split: self._drops(job, stage, split), self.watch, self.progress
         )
-        job = plans[0]
+        job = planned
         if self.request.choose and splits is not None:
-            job = self._chosen(plans, stage, splits, selection, quantizer)
+            job = self._chosen(stage, splits, selection, quantizer)
         quantized = selection.bring(job)
         self.evidence.points = tuple(selection.points)
         with self.watch.stage("verify"):
             return Finished(quantized, self.backend.verify(quantized, stage))
 
-    def _chosen(
-        self, plans: list[Job], stage: Stage, splits: Splits, selection: Selection, quantizer: Quantizer
-    ) -> Job:
-        """The job that the contract asks for: a mixture of the target's grids, or a rung of its ladder."""
+    def _chosen(self, stage: Stage, splits: Splits, selection: Selection, quantizer: Quantizer) -> Job:
+        """The job that the contract asks for; all that was tried is in the evidence."""
         with self.watch.stage("reference"):
             reference = self._reference(splits.select, stage)
+        chooser = Chooser(self.request, self.model, self.rules, self.watch, self.progress)
         try:
-            if not any(self.rules.candidates(linear) for linear in self.model.architecture.linears):
-                return self._climb(plans, reference, selection)
-            return self._search(splits, reference, selection, quantizer, stage)
+            found = chooser.choose(splits, reference, selection, quantizer)
         finally:
             reference.close()
-
-    def _search(
-        self, splits: Splits, reference: ReferenceLogits, selection: Selection, quantizer: Quantizer, stage: Stage
-    ) -> Job:
-        """The mixture of the target's grids that the contract asks for; all that was tried is in the evidence."""
-        request, began = self.request, self.watch.clock()
-        recipe = request.recipe
-        statistics = quantizer.importance(make_job(self.model, self.rules, recipe, self.importance))
-        question = Question(
-            model=self.model,
-            target=self.rules,
-            documents=[document.tokens for document in splits.select],
-            statistics=statistics,
-            transforms=recipe.chain,
-            dtype=recipe.calibration.dtype,
-        )
-        self._say_cost(splits, question.draws)
-        with self.watch.stage("sensitivity"):
-            found = sensitivities(question, stage.folder.parent, request.threads, self.progress, request.sensitivity)
-        search = Search(
-            space_of(found, recipe, self.model.architecture),
-            replace(recipe, rules=recipe.pinned, pins={}),
-            request.contract,
-            lambda wish: make_job(self.model, self.rules, wish, self.importance),
-            lambda job: selection.measure(job, reference, f"try {len(selection.points) + 1}"),
-        )
-        seconds = request.bounds.seconds
-        effort = Effort(
-            evaluations=request.bounds.evaluations,
-            expired=lambda: seconds is not None and self.watch.clock() - began > seconds,
-            spread=math.sqrt(len(splits.select) / len(splits.certify)),
-        )
-        stronger = self.importance and recipe.algorithm is None and recipe.calibration.imatrix is None
-        outcome = search.run(effort, stronger, self.progress.say)
-        self.evidence.sentences = (outcome.reason,)
-        if outcome.best is None:
-            raise InconclusiveError(f"{outcome.reason} Give a longer --budget.")
-        return search.job(outcome.best.choice)
-
-    def _say_cost(self, splits: Splits, draws: int) -> None:
-        """What the search will take, from what the reference logits of *select* took."""
-        bounds, tokens = self.request.bounds, token_count(splits.select)
-        once = self.watch.seconds["reference"]
-        text = (
-            f"search: one sensitivity pass (about {2 + 2 * draws} runs over {tokens:,} tokens, of {once:.0f} s each), "
-            f"then at most {bounds.evaluations} artifacts made and measured, and one certified"
-        )
-        self.progress.say(text + (f"; at most {bounds.seconds / 60:g} minutes" if bounds.seconds else ""))
-
-    def _climb(self, plans: list[Job], reference: ReferenceLogits, selection: Selection) -> Job:
-        for job in plans:
-            found = selection.measure(job, reference, job.plan.label)
-            kl = found.measures.mean_kl.value
-            self.progress.say(f"  {job.plan.label:<8} {job.layout.nbytes:>14,} bytes   mean KL {kl:.5f} on select")
-            if measured_of(found, self.request.contract).score() <= 0:
-                break
-        else:
-            self.warnings.append("no preset of the ladder kept the contract on the select text: this is the last")
-        return job
+        self.evidence.sentences = (found.reason,)
+        return found.job
 
     def _certify(self, job: Job, stage: Stage, splits: Splits, tokenizer: Tokenizer) -> None:
         """Once, on text that nothing has seen: loss, conversion error, speed."""

@@ -25,7 +25,7 @@ class Target:
     format: str
     runtime: str
     default_preset: str
-    ladder: tuple[str, ...]
+    presets: tuple[str, ...]
     exact_grids: tuple[str, ...]
     libraries: tuple[str, ...]
     note: str
@@ -46,7 +46,7 @@ def targets() -> dict[str, Target]:
             format=row["format"],
             runtime=row["runtime"],
             default_preset=row["default_preset"],
-            ladder=tuple(row["ladder"]),
+            presets=tuple(row["presets"]),
             exact_grids=tuple(row["exact_grids"]),
             libraries=tuple(row["libraries"]),
             note=row["note"],

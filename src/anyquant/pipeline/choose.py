@@ -1,0 +1,95 @@
+"""What a contract asks for: the mixture of the target's grids that keeps it, found by measuring."""
+
+import math
+from dataclasses import dataclass, replace
+
+from anyquant.calibrate.text import Splits, token_count
+from anyquant.contract.search import Effort
+from anyquant.core.errors import InconclusiveError
+from anyquant.core.progress import Progress
+from anyquant.formats.base import Rules
+from anyquant.pipeline.measure import ReferenceLogits
+from anyquant.pipeline.planner import Job, Model, make_job
+from anyquant.pipeline.portions import Question
+from anyquant.pipeline.quantized import Quantizer
+from anyquant.pipeline.recipe import Recipe
+from anyquant.pipeline.request import Request
+from anyquant.pipeline.search import Search, space_of
+from anyquant.pipeline.selection import Selection
+from anyquant.pipeline.sensitivity import Sensitivity, sensitivities
+from anyquant.pipeline.watch import Watch
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The job to publish, and a sentence about how it was found."""
+
+    job: Job
+    reason: str
+
+
+class Chooser:
+    """One search for a request on a model that is prepared."""
+
+    def __init__(self, request: Request, model: Model, rules: Rules, watch: Watch, progress: Progress) -> None:
+        self._request, self._model, self._rules = request, model, rules
+        self._watch, self._progress = watch, progress
+        self._began = watch.clock()
+
+    def choose(self, splits: Splits, reference: ReferenceLogits, selection: Selection, quantizer: Quantizer) -> Chosen:
+        """Measured on *select*, whose logits are the `reference`.
+
+        Raises BudgetTooSmallError when no plan is within the bytes, InconclusiveError when time was over too early.
+        """
+        request, recipe = self._request, self._request.recipe
+        found = self._sensitivity(splits, quantizer)
+        search = Search(
+            space_of(found, recipe, self._model.architecture),
+            replace(recipe, rules=recipe.pinned, pins={}),
+            request.contract,
+            self._job,
+            lambda job: selection.measure(job, reference, f"try {len(selection.points) + 1}"),
+        )
+        effort = Effort(
+            evaluations=request.bounds.evaluations,
+            expired=self._expired,
+            spread=math.sqrt(len(splits.select) / len(splits.certify)),
+        )
+        calibration = recipe.calibration
+        stronger = recipe.algorithm is None and not calibration.data_free and calibration.imatrix is None
+        outcome = search.run(effort, stronger, self._progress.say)
+        if outcome.best is None:
+            raise InconclusiveError(f"{outcome.reason} Give a longer --budget.")
+        return Chosen(search.job(outcome.best.choice), outcome.reason)
+
+    def _sensitivity(self, splits: Splits, quantizer: Quantizer) -> Sensitivity:
+        request, recipe = self._request, self._request.recipe
+        question = Question(
+            model=self._model,
+            target=self._rules,
+            documents=[document.tokens for document in splits.select],
+            statistics=quantizer.importance(self._job(recipe)),
+            transforms=recipe.chain,
+            dtype=recipe.calibration.dtype,
+        )
+        self._say_cost(splits, question.draws)
+        with self._watch.stage("sensitivity"):
+            folder = request.out.absolute().parent
+            return sensitivities(question, folder, request.threads, self._progress, request.sensitivity)
+
+    def _job(self, recipe: Recipe) -> Job:
+        return make_job(self._model, self._rules, recipe, not recipe.calibration.data_free)
+
+    def _expired(self) -> bool:
+        seconds = self._request.bounds.seconds
+        return seconds is not None and self._watch.clock() - self._began > seconds
+
+    def _say_cost(self, splits: Splits, draws: int) -> None:
+        """What the search will take, from what the reference logits of *select* took."""
+        bounds, tokens = self._request.bounds, token_count(splits.select)
+        once = self._watch.seconds["reference"]
+        text = (
+            f"search: one sensitivity pass (about {2 + 2 * draws} runs over {tokens:,} tokens, of {once:.0f} s each), "
+            f"then at most {bounds.evaluations} artifacts made and measured, and one certified"
+        )
+        self._progress.say(text + (f"; at most {bounds.seconds / 60:g} minutes" if bounds.seconds else ""))
