@@ -20,7 +20,7 @@ from anyquant.pipeline.recipe import Recipe, Rule
 from anyquant.pipeline.rows import Direct, Importance
 
 METHODS = ("gradient", "forward")
-DRAWS = 8  # 18 passes forward in all: 1, 1 again on the way back, 2 for each draw
+DRAWS = 4  # 10 passes forward in all: 1, 1 again on the way back, 2 for each draw
 
 
 @dataclass(frozen=True)
