@@ -226,7 +226,7 @@ _WHY = {
 
 
 def _found(base: Try, session: Session, ended: Ended) -> str:
-    return f"Try {base.number} of {len(session.tries)}, {base.nbytes:,} bytes: {_WHY[ended]}."
+    return f"Try {base.number} of {session.made}, {base.nbytes:,} bytes: {_WHY[ended]}."
 
 
 def _offer(nearest: Try, spread: float) -> str:

@@ -39,10 +39,11 @@ class Problem:
 class Effort:
     """At most `evaluations` measurements; `expired` says that time is over; bytes are found to within `tolerance`.
 
-    `spread` is the standard error on *certify* as a multiple of that on *select*.
+    Tries are counted on from the `earlier` ones, which the caller made. `spread` is the standard error on *certify* as a multiple of that on *select*.
     """
 
     evaluations: int = 12
+    earlier: int = 0
     expired: Callable[[], bool] = never
     tolerance: float = 0.005
     spread: float = 1.0
@@ -82,6 +83,11 @@ class Session:
     @property
     def left(self) -> int:
         return 0 if self.effort.expired() else max(self.effort.evaluations - len(self.tries), 0)
+
+    @property
+    def made(self) -> int:
+        """Measurements, earlier ones included."""
+        return self.effort.earlier + len(self.tries)
 
     def predicted(self, choice: Choice) -> float:
         return math.fsum(self._losses[group][name] for group, name in choice.items())
@@ -143,7 +149,7 @@ class Session:
         nbytes, limit = self.problem.nbytes(choice), self.problem.max_bytes
         score = math.inf if measured is None else measured.score(self.effort.spread)
         passed = score <= 0 and (limit is None or nbytes <= limit)
-        return Try(len(self.tries) + 1, choice, nbytes, self.predicted(choice), measured, score, passed, step)
+        return Try(self.made + 1, choice, nbytes, self.predicted(choice), measured, score, passed, step)
 
     def _key(self, choice: Choice) -> tuple[str, ...]:
         return tuple(choice[group.name] for group in self.problem.groups)

@@ -93,7 +93,10 @@ class Search:
         """
         groups: Sequence[Group] = self._space.groups
         if stronger and effort.evaluations > PROBES:
-            groups, effort = self._compared(groups, say), replace(effort, evaluations=effort.evaluations - PROBES)
+            groups, effort = (
+                self._compared(groups, say),
+                replace(effort, evaluations=effort.evaluations - PROBES, earlier=PROBES),
+            )
         limits = self._contract
         kinds = self._space.kinds(self._architecture)
         problem = Problem(groups, self.nbytes, self.measured, limits.max_kl, limits.max_size, kinds)
