@@ -39,7 +39,8 @@ class Problem:
 class Effort:
     """At most `evaluations` measurements; `expired` says that time is over; bytes are found to within `tolerance`.
 
-    Tries are counted on from the `earlier` ones, which the caller made. `spread` is the standard error on *certify* as a multiple of that on *select*.
+    Tries are counted on from the `earlier` ones, which the caller made. `spread` is the standard
+    error on *certify* as a multiple of that on *select*.
     """
 
     evaluations: int = 12
