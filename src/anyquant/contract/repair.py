@@ -24,17 +24,19 @@ _NOISE = 0.01  # of a measured ratio, paired; more with the distance, where a st
 _NEAR = 0.7  # of log loss: tries farther from the base tell little about it
 _LEAST_GAIN = 0.02  # of the loss: less is not worth a measurement
 _LEAST_SAVING = 0.01  # of the bytes
+_PATIENCE = 3  # exchanges in a row that bring nothing
 _RUNS = 8  # kinds made of neighbours when none are named
 
 
 def repair(session: Session, base: Try, shrink: bool) -> Try:
-    """The best try after exchanges, as long as measurements are left. With `shrink`, fewer bytes within the limits;
+    """The best try after exchanges, while measurements are left and some of them gain.
 
-    else less loss within the bytes of `base`.
+    With `shrink`, fewer bytes within the limits; else less loss within the bytes of `base`.
     """
     kinds = kinds_of(session.problem)
     untilted = _by_share(session, base, kinds)
-    while session.left:
+    missed = 0
+    while session.left and missed < _PATIENCE:
         factors = fitted(session, base, kinds, _worth(shrink))
         choice, step = _chosen(session, base, kinds, factors, shrink), "fitted"
         while choice is None and untilted:
@@ -46,8 +48,9 @@ def repair(session: Session, base: Try, shrink: bool) -> Try:
         if choice is None:
             break
         tried = session.attempt(choice, step)
+        missed += 1
         if _better(tried, base, shrink):
-            base = tried
+            base, missed = tried, 0
     return base
 
 
