@@ -63,7 +63,7 @@ def test_error_feedback_is_measured_before_it_is_used(call: Call, model: Model, 
     assert made.code == 0, made.err
     report = report_of(out)
     rounded, fed_back, *_ = report["points"]
-    assert rounded["detail"] == fed_back["detail"]
+    assert rounded["detail"].removeprefix("rtn") == fed_back["detail"].removeprefix("gptq; rtn")
     used = "gptq" in {line["algorithm"] for line in report["ledger"]["lines"]}
     assert used == (fed_back["kl"] < 0.95 * rounded["kl"])
     # what was found is a recipe: made again from it, the tensors are the same
@@ -103,6 +103,33 @@ def test_what_is_pinned_stays(call: Call, model: Model, text: Path, tmp_path: Pa
     assert grids["embedding"] == "q6_k"
 
 
+def test_a_pin_holds_for_the_whole_tensor(call: Call, model: Model, text: Path, tmp_path: Path) -> None:
+    """Phi-3 stores queries, keys and values as one."""
+    out, flags = tmp_path / "out", ("--max-size", "6bpw", "--pin", "attn_q=q8_0", "--algorithm", "rtn")
+    made = call("make", model("phi3"), *SHORT, *flags, "--text", text, "-o", out)
+    assert made.code == 0, made.err
+    grids = {line["name"]: line["applied"] for line in report_of(out)["ledger"]["lines"]}
+    assert {grid for name, grid in grids.items() if name.endswith(("attn_q", "attn_k", "attn_v"))} == {"q8_0"}
+
+
+def test_a_transform_found_from_activations(call: Call, model: Model, text: Path, tmp_path: Path) -> None:
+    """awq refuses a plan that rounds nothing in the blocks; no search may need one."""
+    out, flags = tmp_path / "out", ("--max-kl", "1", "--algorithm", "awq -> rtn")
+    made = call("make", model(FAMILY), *SHORT, *flags, "--text", text, "-o", out)
+    assert made.code == 0, made.err
+    assert report_of(out)["recipe"]["algorithm"] == "awq -> rtn"
+
+
+def test_saved_sensitivities_are_used(call: Call, model: Model, text: Path, tmp_path: Path) -> None:
+    saved, out = tmp_path / "saved.json", tmp_path / "out"
+    assert call("sensitivity", model(FAMILY), *SHORT, "--text", text, "--save", saved).code == 0
+    before = saved.read_bytes()
+    flags = ("--max-size", "6bpw", "--algorithm", "rtn", "--sensitivity", saved)
+    made = call("make", model(FAMILY), *SHORT, *flags, "--text", text, "-o", out)
+    assert made.code == 0, made.err
+    assert saved.read_bytes() == before
+
+
 def test_a_contract_that_nothing_keeps(call: Call, model: Model, text: Path, tmp_path: Path) -> None:
     """The format may hold the weights as they are, so only a limit on the size as well is out of reach."""
     out = tmp_path / "out"
@@ -126,7 +153,16 @@ def test_a_contract_that_nothing_keeps(call: Call, model: Model, text: Path, tmp
         (("--preset", "Q4_K_M", "--budget", "5"), "--budget is for a search"),
     ],
 )
-def test_wrong_input(call: Call, model: Model, text: Path, tmp_path: Path, flags: tuple[str, ...], said: str) -> None:
+def test_wrong_input(
+    call: Call,
+    model: Model,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: tuple[str, ...],
+    said: str,
+) -> None:
+    monkeypatch.setattr("anyquant.pipeline.make.load_splits", None)  # before any text is read
     made = call("make", model(FAMILY), *SHORT, *flags, "--text", text, "-o", tmp_path / "out")
     assert made.code == 2
     assert said in made.err

@@ -67,14 +67,15 @@ class _Axes:
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
 
-def _axes(points: Sequence[Point], levels: Mapping[str, float], source: int) -> _Axes:
-    """From nothing to the original; a search of many near one size is shown from near."""
+def _axes(points: Sequence[Point], levels: Sequence[float], limit: float | None, source: int) -> _Axes:
+    """From nothing to the original and over all levels; a search of many near one size is shown from near."""
     sizes = [point.nbytes for point in points]
-    small, large = (0.0, max(source, *sizes) * 1.04) if len(points) <= _FEW else (0.96 * min(sizes), 1.05 * max(sizes))
-    values = [v for p in points for v in (p.kl, p.low, p.high) if 0 < v < math.inf] + [
-        v for v in levels.values() if v > 0
-    ]
-    return _Axes(small, large, min(values) / 1.6, max(values) * 1.6)
+    near = len(points) > _FEW
+    small, large = (0.96 * min(sizes), 1.05 * max(sizes)) if near else (0.0, max(source, *sizes) * 1.04)
+    values = [v for p in points for v in (p.kl, p.low, p.high) if 0 < v < math.inf]
+    values += [v for v in (limit, *(() if near else levels)) if v]
+    room = 1.25 if near else 1.6
+    return _Axes(small, large, min(values) / room, max(values) * room)
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:
@@ -94,7 +95,7 @@ def _grid(axes: _Axes) -> list[str]:
         marks.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}">{human_bytes(tick)}</text>')
     low, high = math.floor(math.log10(axes.least)), math.ceil(math.log10(axes.most))
     for exponent in range(low, high + 1):
-        for factor in (1, 2, 5):
+        for factor in (1, 2, 5) if axes.most > 10 * axes.least else (1, 1.5, 2, 3, 5, 7):
             value = factor * 10.0**exponent
             if axes.least <= value <= axes.most:
                 y = axes.y(value)
@@ -113,9 +114,11 @@ def size_and_loss(points: Sequence[Point], limit: float | None, levels: Mapping[
     points = [point for point in points if math.isfinite(point.kl)]
     if not any(point.kl > 0 for point in points):
         return ""
-    axes = _axes(points, {**levels, "limit": limit or 0.0}, source)
+    axes = _axes(points, tuple(levels.values()), limit, source)
     marks = _grid(axes)
     for name, level in levels.items():
+        if not axes.least <= level <= axes.most:
+            continue
         y = axes.y(level)
         marks.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         marks.append(f'<text class="level-text" x="{LEFT + 6}" y="{y - 5:.1f}">{escape(name)}</text>')
@@ -132,14 +135,29 @@ def size_and_loss(points: Sequence[Point], limit: float | None, levels: Mapping[
     line = " ".join(f"{axes.x(p.nbytes):.1f},{axes.y(p.kl):.1f}" for p in best)
     marks.append(f'<polyline class="curve" points="{line}"/>')
     delivered = {point.label for point in points if point.chosen}
+    named = _named(axes, points, delivered)
     for index, point in enumerate(points):
-        named = point.chosen or (point.label not in delivered and (len(points) <= _FEW or point in best))
-        marks += _mark(axes, index, point, points, named)
+        marks += _mark(axes, index, point, points, index in named)
     marks.append(f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 10}">size of the artifact</text>')
     marks.append(
         f'<text class="axis" transform="translate(16 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)">mean KL, nats</text>'
     )
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss against size">{"".join(marks)}</svg>'
+
+
+def _named(axes: _Axes, points: Sequence[Point], delivered: set[str]) -> set[int]:
+    """Which points show their label: what is delivered, and others that are not too near to one that does."""
+    order = sorted(range(len(points)), key=lambda index: not points[index].chosen)
+    places: list[tuple[float, float]] = []
+    named = set()
+    for index in order:
+        point = points[index]
+        x, y = axes.x(point.nbytes), axes.y(point.kl)
+        free = len(points) <= _FEW or all(abs(x - other) > 70 or abs(y - height) > 34 for other, height in places)
+        if point.chosen or (free and point.label not in delivered):
+            named.add(index)
+            places.append((x, y))
+    return named
 
 
 def _mark(axes: _Axes, index: int, point: Point, points: Sequence[Point], named: bool) -> list[str]:

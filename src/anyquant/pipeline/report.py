@@ -254,7 +254,7 @@ def render_markdown(report: Report) -> str:
     if report.points:
         lines += ["", "## Measured on the way", ""]
         lines += _table(
-            ("what", "bytes", "mean KL", "95 % interval", "text", "grids"),
+            ("what", "bytes", "mean KL", "95 % interval", "text", "made of"),
             [
                 (p.label, f"{p.nbytes:,}", f"{p.kl:.5f}", f"{p.low:.5f} to {p.high:.5f}", p.text, p.detail)
                 for p in report.points

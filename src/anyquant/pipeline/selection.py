@@ -8,7 +8,7 @@ from anyquant.evaluation.drops import Drop
 from anyquant.pipeline.backends import Backend
 from anyquant.pipeline.measure import ReferenceLogits
 from anyquant.pipeline.picture import Point
-from anyquant.pipeline.planner import Job
+from anyquant.pipeline.planner import Job, chain_of
 from anyquant.pipeline.quantized import Quantized, Quantizer
 from anyquant.pipeline.search import Found
 from anyquant.pipeline.watch import Watch
@@ -61,10 +61,10 @@ def point_of(job: Job, found: Found, label: str, chosen: bool = False) -> Point:
 
 
 def detail_of(job: Job) -> str:
-    """Grids by the weights that lie on them, the most first: "q4_k 61 %, q6_k 30 %, q3_k 9 %"."""
+    """What is done, and grids by the weights that lie on them: "gptq; rtn: q4_k 61%, q6_k 30%, q3_k 9%"."""
     amounts: dict[str, int] = {}
     for linear in job.architecture.linears:
         grid = job.plan.decisions[linear.name].grid
         amounts[grid] = amounts.get(grid, 0) + linear.weights
     shares = sorted(amounts.items(), key=lambda pair: -pair[1])
-    return ", ".join(f"{grid} {amount / job.weights:.0%}" for grid, amount in shares)
+    return f"{chain_of(job)}: " + ", ".join(f"{grid} {amount / job.weights:.0%}" for grid, amount in shares)
