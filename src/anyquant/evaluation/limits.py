@@ -20,6 +20,7 @@ NOISE_FLOOR = 1e-6
 HIGHER, LOWER = "higher", "lower"
 _METRIC = "write module:function:higher or path/to/file.py:function:lower, saying which direction is better"
 _UNITS = " KMGT"
+_MOST = 1 << 63  # no limit is as large, and no file has as many bytes
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Contract:
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            if item.name != "max_drop" and value is not None and not (math.isfinite(value) and value >= 0):
+            if item.name != "max_drop" and value is not None and not 0 <= value < _MOST:
                 raise UsageError(f"{_flag(item.name)} is {value}; give a finite number that is not negative")
         for name in ("max_kl", "max_kl_99_9"):
             if (value := getattr(self, name)) is not None and value < NOISE_FLOOR:
@@ -130,6 +131,8 @@ class Contract:
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> "Contract":
         """Inverse of `as_dict`. Raises UsageError for anything else."""
+        if not isinstance(table, Mapping):
+            raise UsageError(f"not a contract: {table!r}")
         known = {item.name for item in fields(cls)}
         drops = table.get("max_drop", {})
         numbers = {name: value for name, value in table.items() if name != "max_drop"}
