@@ -11,7 +11,7 @@ import pytest
 
 from anyquant.contract.allocate import BudgetTooSmallError, Candidate, Choice, Group, allocate, curve
 from anyquant.contract.measured import Margin, Measured, at_least, at_most, difference
-from anyquant.contract.search import Effort, Ended, Outcome, Problem, best_within_bytes, smallest_within_limits
+from anyquant.contract.search import Effort, Ended, Outcome, Problem, Seen, best_within_bytes, smallest_within_limits
 from anyquant.evaluation.bootstrap import estimate, ratio
 
 SIZES = {"q": 4e6, "k": 1e6, "v": 1e6, "o": 4e6, "gate": 1.1e7, "up": 1.1e7, "down": 1.1e7}
@@ -334,3 +334,38 @@ def test_what_passes_is_certified_nine_times_in_ten_and_a_false_pass_is_rare() -
     assert len(certified) > 300
     assert 0.84 < np.mean(certified) < 0.95
     assert false / trials < 0.01
+
+
+def test_what_was_seen_before_is_where_the_search_goes_on_and_may_end() -> None:
+    """A comparison of algorithms has measured a choice; when time is over then, it is the best that was found."""
+    tested = world(5)
+    choice = allocate(tested.groups, sum(group.candidates[7].nbytes for group in tested.groups)).choice
+    limit = 2 * tested.loss(choice)
+    seen = Seen(choice, tested.measure(limit)(choice), 2)
+    problem, over = tested.problem(limit, seen=seen), Effort(evaluations=11, earlier=1, expired=lambda: True)
+    ended = smallest_within_limits(problem, over)
+    assert ended.best is not None and (ended.best.choice, ended.best.number) == (choice, 2)
+    assert (ended.reached, ended.ended) == (True, Ended.EXPIRED)
+    best = best_within_bytes(replace(problem, max_bytes=tested.nbytes(choice)), over).best
+    assert best is not None and best.measured is seen.measured
+    tested.measurements = 0
+    found = smallest_within_limits(problem, Effort(evaluations=11, earlier=1))
+    assert [tried.number for tried in found.tries] == list(range(2, 2 + len(found.tries)))
+    assert found.best is not None and found.best.nbytes < tested.nbytes(choice)
+    assert tested.measurements == len(found.tries) - 1 <= 10
+
+
+def test_any_number_is_better_than_none() -> None:
+    tested = world(6)
+    measured, broken = tested.measure(None), []
+
+    def measure(choice: Choice) -> Measured:
+        if not broken:
+            broken.append(choice)
+            return Measured(math.nan, math.nan)
+        return measured(choice)
+
+    middle = sum(group.candidates[5].nbytes for group in tested.groups)
+    found = best_within_bytes(replace(tested.problem(None), measure=measure, max_bytes=middle + HEADER))
+    assert found.best is not None and found.best.measured is not None
+    assert math.isfinite(found.best.measured.loss)

@@ -140,6 +140,8 @@ def _better(tried: Try, base: Try, shrink: bool) -> bool:
         return tried.passed and (tried.score < base.score or tried.nbytes <= base.nbytes * (1 - _LEAST_SAVING))
     if tried.measured is None or base.measured is None or not math.isfinite(tried.measured.loss):
         return False
+    if not math.isfinite(base.measured.loss):
+        return True
     apart, error = difference(tried.measured, base.measured)
     return apart + (error if tried.measured.totals is not None else 0.0) < 0
 

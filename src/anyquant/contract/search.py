@@ -15,10 +15,10 @@ from enum import StrEnum
 from anyquant.contract.allocate import BudgetTooSmallError, Choice, allocate, curve
 from anyquant.contract.measured import Margin
 from anyquant.contract.repair import repair
-from anyquant.contract.tries import Effort, Problem, Session, Try, silent
+from anyquant.contract.tries import Effort, Problem, Seen, Session, Try, silent
 from anyquant.core.errors import AnyQuantError
 
-__all__ = ["Effort", "Ended", "Outcome", "Problem", "Try", "best_within_bytes", "smallest_within_limits"]
+__all__ = ["Effort", "Ended", "Outcome", "Problem", "Seen", "Try", "best_within_bytes", "smallest_within_limits"]
 
 _SLOPES = (0.4, 2.5)  # of log measured over log predicted; a secant outside them is noise
 _APART = 0.1  # in log predicted, for two points to tell a slope
@@ -80,12 +80,19 @@ def best_within_bytes(problem: Problem, effort: Effort | None = None, say: Calla
         raise AnyQuantError("search: the best within bytes needs max_bytes")
     session = Session(problem, effort or Effort(), say)
     choice, _ = session.fit(problem.groups, problem.max_bytes)
-    if not session.left:
+    if session.left and not session.known(choice):
+        session.attempt(choice, "predicted")
+    if not session.tries:
         base = session.judged(choice, None, "predicted")
         return Outcome(base, True, _ended(session), "The predicted best choice within the bytes; not measured.", ())
-    base = repair(session, session.attempt(choice, "predicted"), shrink=False)
+    base = repair(session, min(session.tries, key=_loss), shrink=False)
     ended = _ended(session)
     return Outcome(base, base.passed, ended, _found(base, session, ended), tuple(session.tries))
+
+
+def _loss(tried: Try) -> float:
+    loss = math.inf if tried.measured is None else tried.measured.loss
+    return loss if math.isfinite(loss) else math.inf
 
 
 class _Ladder:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from anyquant.contract.allocate import Allocation, BudgetTooSmallError, Choice, Group, allocate
 from anyquant.contract.measured import Measured
@@ -20,11 +20,21 @@ def silent(text: str) -> None:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """A choice that was measured before the search began, as try `number`."""
+
+    choice: Choice
+    measured: Measured
+    number: int
+
+
+@dataclass(frozen=True)
 class Problem:
     """`nbytes` gives the exact bytes of a choice's files, `measure` its quality on *select*, which costs much.
 
     `start` is the predicted loss to begin at: the limit on mean KL where there is one. `kinds` names for every group
     what its prediction may be wrong about in common with others, such as its role; without it neighbours share.
+    The search goes on from what was `seen`, which is one of its measurements, and may end with it.
     """
 
     groups: Sequence[Group]
@@ -33,6 +43,7 @@ class Problem:
     start: float | None = None
     max_bytes: int | None = None
     kinds: Mapping[str, str] = field(default_factory=dict)
+    seen: Seen | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,9 @@ class Session:
         smallest = allocate(problem.groups, _least(problem.groups))
         self.smallest = problem.nbytes(smallest.choice)
         self.overhead = self.smallest - smallest.nbytes
+        if problem.seen is not None:
+            seen = self.judged(problem.seen.choice, problem.seen.measured, "seen")
+            self._record(replace(seen, number=problem.seen.number))
 
     @property
     def left(self) -> int:
@@ -141,10 +155,13 @@ class Session:
             raise AnyQuantError(f"search: all {self.effort.evaluations} measurements are used")
         measured = self.problem.measure(choice)
         tried = self.judged(choice, measured, step)
-        self.tries.append(tried)
-        self._known.add(self._key(choice))
+        self._record(tried)
         self._say(sentence(tried))
         return tried
+
+    def _record(self, tried: Try) -> None:
+        self.tries.append(tried)
+        self._known.add(self._key(tried.choice))
 
     def judged(self, choice: Choice, measured: Measured | None, step: str) -> Try:
         nbytes, limit = self.problem.nbytes(choice), self.problem.max_bytes
