@@ -29,7 +29,9 @@ def size_of(call: Call, model: Path, preset: str) -> int:
 
 def test_the_smallest_within_a_limit(call: Call, model: Model, text: Path, tmp_path: Path) -> None:
     out, source = tmp_path / "out", model(FAMILY)
-    made = call("make", source, *SHORT, "--max-kl", "0.3", "--algorithm", "rtn", "--text", text, "-o", out)
+    # enough of *select* that its standard errors can be relied on: of 8 documents they were a third of what they are
+    limits = ("--max-kl", "0.3", "--tokens", "4096")
+    made = call("make", source, *SHORT, *limits, "--algorithm", "rtn", "--text", text, "-o", out)
     report = report_of(out)
     assert (made.code, report["status"]) == (0, "pass"), made.err
     tries, (last,) = [p for p in report["points"] if not p["chosen"]], [p for p in report["points"] if p["chosen"]]
@@ -112,14 +114,6 @@ def test_a_pin_holds_for_the_whole_tensor(call: Call, model: Model, text: Path, 
     assert {grid for name, grid in grids.items() if name.endswith(("attn_q", "attn_k", "attn_v"))} == {"q8_0"}
 
 
-def test_a_transform_found_from_activations(call: Call, model: Model, text: Path, tmp_path: Path) -> None:
-    """awq refuses a plan that rounds nothing in the blocks; no search may need one."""
-    out, flags = tmp_path / "out", ("--max-kl", "1", "--algorithm", "awq -> rtn")
-    made = call("make", model(FAMILY), *SHORT, *flags, "--text", text, "-o", out)
-    assert made.code == 0, made.err
-    assert report_of(out)["recipe"]["algorithm"] == "awq -> rtn"
-
-
 def test_saved_sensitivities_are_used(call: Call, model: Model, text: Path, tmp_path: Path) -> None:
     saved, out = tmp_path / "saved.json", tmp_path / "out"
     assert call("sensitivity", model(FAMILY), *SHORT, "--text", text, "--save", saved).code == 0
@@ -145,6 +139,8 @@ def test_a_contract_that_nothing_keeps(call: Call, model: Model, text: Path, tmp
     ("flags", "said"),
     [
         (("--max-size", "1000B"), "the smallest possible plan takes"),
+        (("--max-size", "1000B", "--algorithm", "awq -> rtn"), "the smallest possible plan takes"),
+        (("--max-size", 400 * "9" + "B"), "--max-size"),
         (("--max-size", "6bpw", "--pin", "attn_w=q8_0"), "--pin attn_w: matches no matrix"),
         (("--max-size", "6bpw", "--pin", "attn_v=q9"), "q9"),
         (("--max-size", "6bpw", "--pin", "attn_v"), "NAME=GRID"),

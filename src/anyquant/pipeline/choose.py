@@ -1,11 +1,12 @@
 """What a contract asks for: the mixture of the target's grids that keeps it, found by measuring."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from anyquant.calibrate.text import Splits, token_count
 from anyquant.contract.search import Effort
-from anyquant.core.errors import InconclusiveError
+from anyquant.core.errors import AnyQuantError, InconclusiveError
 from anyquant.core.progress import Progress
 from anyquant.formats.base import Rules
 from anyquant.pipeline.measure import ReferenceLogits
@@ -14,9 +15,10 @@ from anyquant.pipeline.portions import Question
 from anyquant.pipeline.quantized import Quantizer
 from anyquant.pipeline.recipe import Recipe
 from anyquant.pipeline.request import Request
-from anyquant.pipeline.search import Search, space_of
+from anyquant.pipeline.rows import Unweighted
+from anyquant.pipeline.search import Found, Search, space_of
 from anyquant.pipeline.selection import Selection
-from anyquant.pipeline.sensitivity import Sensitivity, sensitivities
+from anyquant.pipeline.sensitivity import Sensitivity, portions_of, refuse, sensitivities
 from anyquant.pipeline.watch import Watch
 
 
@@ -28,6 +30,10 @@ class Chosen:
     reason: str
 
 
+def _not_yet(job: Job) -> Found:
+    raise AnyQuantError("a plan was to be measured before the search began")
+
+
 class Chooser:
     """One search for a request on a model that is prepared."""
 
@@ -36,18 +42,22 @@ class Chooser:
         self._watch, self._progress = watch, progress
         self._began = watch.clock()
 
+    def refuse(self) -> None:
+        """Raise now what a search would raise later: for its file, for pins, and for too few bytes."""
+        request = self._request
+        question = Question(self._model, self._rules, (), Unweighted())
+        refuse(question, request.sensitivity)
+        blank = Sensitivity("", question.method, 0, 0, 0.0, 0, portions_of(question))
+        self._search(blank, _not_yet).refuse_size()
+
     def choose(self, splits: Splits, reference: ReferenceLogits, selection: Selection, quantizer: Quantizer) -> Chosen:
         """Measured on *select*, whose logits are the `reference`.
 
         Raises BudgetTooSmallError when no plan is within the bytes, InconclusiveError when time was over too early.
         """
         request, recipe = self._request, self._request.recipe
-        found = self._sensitivity(splits, quantizer)
-        search = Search(
-            space_of(found, recipe, self._model.architecture),
-            replace(recipe, rules=recipe.pinned, pins={}),
-            request.contract,
-            self._job,
+        search = self._search(
+            self._sensitivity(splits, quantizer),
             lambda job: selection.measure(job, reference, f"try {len(selection.points) + 1}"),
         )
         effort = Effort(
@@ -62,14 +72,18 @@ class Chooser:
             raise InconclusiveError(f"{outcome.reason} Give a longer --budget.")
         return Chosen(search.job(outcome.best.choice), outcome.reason)
 
+    def _search(self, found: Sensitivity, measure: Callable[[Job], Found]) -> Search:
+        request, recipe, architecture = self._request, self._request.recipe, self._model.architecture
+        space, base = space_of(found, recipe, architecture), replace(recipe, rules=recipe.pinned, pins={})
+        return Search(space, base, request.contract, architecture, self._job, measure)
+
     def _sensitivity(self, splits: Splits, quantizer: Quantizer) -> Sensitivity:
         request, recipe = self._request, self._request.recipe
         question = Question(
             model=self._model,
             target=self._rules,
             documents=[document.tokens for document in splits.select],
-            statistics=quantizer.importance(self._job(recipe)),
-            transforms=recipe.chain,
+            statistics=quantizer.importance(self._job(replace(recipe, preset=request.target.default_preset))),
             dtype=recipe.calibration.dtype,
         )
         self._say_cost(splits, question.draws)

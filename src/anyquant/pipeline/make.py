@@ -146,6 +146,8 @@ class Maker:
             recipe = replace(recipe, preset=request.target.default_preset)
         job = make_job(self.model, self.rules, recipe, self.importance)
         refuse_imatrix(job)
+        if request.choose:
+            Chooser(request, self.model, self.rules, self.watch, self.progress).refuse()
         return job
 
     def _texts(self) -> tuple[Splits | None, Tokenizer | None]:

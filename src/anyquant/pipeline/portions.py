@@ -26,7 +26,7 @@ DRAWS = 4  # 10 passes forward in all: 1, 1 again on the way back, 2 for each dr
 @dataclass(frozen=True)
 class Question:
     """`documents` are token ids, those of *select*; `statistics` steer the rounding. `candidates` are grid names, by
-    default those of the target. `transforms` says what was done to the model's checkpoint, "" for nothing."""
+    default those of the target."""
 
     model: Model
     target: Rules
@@ -36,7 +36,6 @@ class Question:
     method: str = METHODS[0]
     draws: int = DRAWS
     seed: int = 0
-    transforms: str = ""
     dtype: str = DTYPES[0]
 
 

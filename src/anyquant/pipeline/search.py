@@ -1,13 +1,14 @@
 """The contract's search in terms of recipes and measured artifacts: what `contract/` gets, and what comes of it."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from anyquant.contract.allocate import Allocation, Candidate, Choice, Group, allocate, curve
+from anyquant.contract.allocate import Allocation, BudgetTooSmallError, Candidate, Choice, Group, allocate, curve
 from anyquant.contract.measured import BOUND, Margin, Measured, at_least, at_most
-from anyquant.contract.search import Effort, Outcome, Problem, best_within_bytes, smallest_within_limits
+from anyquant.contract.search import Effort, Outcome, Problem, Seen, best_within_bytes, smallest_within_limits
 from anyquant.core.errors import UsageError
 from anyquant.core.linear import Linear
 from anyquant.evaluation.drops import Drop
@@ -15,9 +16,11 @@ from anyquant.evaluation.limits import Contract
 from anyquant.evaluation.measures import Measures
 from anyquant.grids import grid as find_grid
 from anyquant.models.architecture import Architecture
+from anyquant.pipeline.chain import parse_chain
 from anyquant.pipeline.choice import Wanted, rules_of
 from anyquant.pipeline.planner import Job
 from anyquant.pipeline.recipe import Recipe, Rule
+from anyquant.pipeline.scene import Rewriting
 from anyquant.pipeline.sensitivity import Sensitivity
 
 STRONGER = "gptq"  # what rounding is exchanged for where that is measured to pay
@@ -48,6 +51,7 @@ def space_of(found: Sensitivity, recipe: Recipe, architecture: Architecture) -> 
             raise UsageError(f"--pin {rule.role or rule.pattern}: matches no matrix of this model")
         find_grid(rule.grid)
         pinned |= dict.fromkeys(matched, rule.grid)
+    prepared = Rewriting.calibrated(parse_chain(recipe.chain, recipe.options).transforms)
     groups = []
     for portion, group in zip(found.portions, found.groups, strict=True):
         fixed = next((pinned[name] for name in portion.linears if name in pinned), None)
@@ -55,6 +59,9 @@ def space_of(found: Sensitivity, recipe: Recipe, architecture: Architecture) -> 
             bits = sum(find_grid(fixed).bits(architecture.by_name[name].shape) for name in portion.linears)
             known = [each for each in group.candidates if each.name == fixed]
             group = Group(group.name, tuple(known) or (Candidate(fixed, bits // 8, 0.0),))
+        elif prepared and portion.block is not None:  # what prepares for rounding has nothing to do without any
+            rounded = tuple(each for each in group.candidates if find_grid(each.name).family != "floating")
+            group = Group(group.name, rounded or group.candidates)
         groups.append(group)
     return Space(tuple(groups), {portion.name: portion.linears for portion in found.portions})
 
@@ -75,6 +82,7 @@ class Search:
         space: Space,
         recipe: Recipe,
         contract: Contract,
+        architecture: Architecture,
         plan: Callable[[Recipe], Job],
         measure: Callable[[Job], Found],
     ) -> None:
@@ -83,7 +91,7 @@ class Search:
         self._algorithm: str | None = None
         self._jobs: dict[tuple[str, ...], Job] = {}
         self._measured: dict[tuple[str, ...], Measured] = {}
-        self._architecture = plan(recipe).architecture
+        self._architecture = architecture
 
     def run(self, effort: Effort, stronger: bool, say: Callable[[str], None]) -> Outcome:
         """The smallest plan within the limits, or the best within the bytes.
@@ -92,14 +100,14 @@ class Search:
         Raises BudgetTooSmallError when no plan is within the bytes.
         """
         groups: Sequence[Group] = self._space.groups
-        if stronger and effort.evaluations > PROBES:
-            groups, effort = (
-                self._compared(groups, say),
-                replace(effort, evaluations=effort.evaluations - PROBES, earlier=PROBES),
-            )
-        limits = self._contract
+        limits, seen = self._contract, None
+        self.refuse_size()
+        if stronger and effort.evaluations > PROBES and not effort.expired():
+            groups, seen = self._compared(groups, effort.expired, say)
+            done = PROBES - (seen is not None)  # what was seen counts among the tries of the search itself
+            effort = replace(effort, evaluations=effort.evaluations - done, earlier=done)
         kinds = self._space.kinds(self._architecture)
-        problem = Problem(groups, self.nbytes, self.measured, limits.max_kl, limits.max_size, kinds)
+        problem = Problem(groups, self.nbytes, self.measured, limits.max_kl, limits.max_size, kinds, seen)
         search = smallest_within_limits if limits.needs_measures else best_within_bytes
         return search(problem, effort, say)
 
@@ -121,21 +129,39 @@ class Search:
             self._measured[key] = measured_of(self._measure(self.job(choice)), self._contract)
         return self._measured[key]
 
-    def _compared(self, groups: Sequence[Group], say: Callable[[str], None]) -> Sequence[Group]:
-        """Measure one choice rounded and with error feedback, keep what loses less, and correct the predictions."""
+    def _compared(
+        self, groups: Sequence[Group], expired: Callable[[], bool], say: Callable[[str], None]
+    ) -> tuple[Sequence[Group], Seen | None]:
+        """Measure one choice rounded and with error feedback, keep what loses less, and correct the predictions.
+
+        The better of the two is where the search goes on, unless it takes too many bytes.
+        """
         probe = self._probe(groups)
-        rounded = self.measured(probe.choice).loss
-        self._algorithm = STRONGER
-        fed_back = self.measured(probe.choice).loss
-        share = fed_back / rounded if rounded > 0 else 1.0
-        if not share <= WORTH:
-            self._algorithm, share = None, 1.0
-        say(
-            f"{STRONGER} instead of rounding: mean KL {fed_back:.4g} instead of {rounded:.4g}, "
-            f"{'kept' if self._algorithm else 'not worth its time'}"
-        )
-        scale = rounded / probe.loss if probe.loss > 0 and rounded > 0 else 1.0
-        return [self._corrected(group, scale, share) for group in groups]
+        rounded = self.measured(probe.choice)
+        seen, share = Seen(probe.choice, rounded, 1), 1.0
+        if not expired():
+            self._algorithm = STRONGER
+            fed_back = self.measured(probe.choice)
+            if fed_back.loss < WORTH * rounded.loss or (math.isfinite(fed_back.loss) and math.isnan(rounded.loss)):
+                seen, share = Seen(probe.choice, fed_back, 2), fed_back.loss / rounded.loss
+            else:
+                self._algorithm = None
+            say(
+                f"{STRONGER} instead of rounding: mean KL {fed_back.loss:.4g} instead of {rounded.loss:.4g}, "
+                f"{'kept' if self._algorithm else 'not worth its time'}"
+            )
+        scale = rounded.loss / probe.loss if probe.loss > 0 else 1.0
+        scale, share = (factor if 0 < factor < math.inf else 1.0 for factor in (scale, share))
+        fits = self._contract.max_size is None or self.nbytes(probe.choice) <= self._contract.max_size
+        return [self._corrected(group, scale, share) for group in groups], seen if fits else None
+
+    def refuse_size(self) -> None:
+        """Raise BudgetTooSmallError before anything is made."""
+        limit = self._contract.max_size
+        groups = self._space.groups
+        smallest = {group.name: min(group.candidates, key=lambda each: each.nbytes).name for group in groups}
+        if limit is not None and (nbytes := self.nbytes(smallest)) > limit:
+            raise BudgetTooSmallError(limit, nbytes)
 
     def _probe(self, groups: Sequence[Group]) -> Allocation:
         """A choice near where the search will end."""
@@ -189,7 +215,7 @@ def measured_of(found: Found, contract: Contract) -> Measured:
         )
         margins.append(increase)
     if contract.min_same_top is not None:
-        margins.append(at_least("same top token", measures.same_top, contract.min_same_top))
+        margins.append(at_least("share of other top tokens", measures.same_top, contract.min_same_top))
     margins += [_drop(drop) for drop in found.drops]
     rows = measures.per_document
     return Measured(

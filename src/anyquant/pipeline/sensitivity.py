@@ -29,6 +29,7 @@ from anyquant.pipeline.recipe import Rule
 from anyquant.pipeline.work import source_identity
 from anyquant.store.strict_json import parse_json
 from anyquant.store.system import reading, writing
+from anyquant.transforms.checkpoint import layers
 
 __all__ = [
     "FORWARDS",
@@ -127,6 +128,7 @@ def sensitivities(
         if found.identity == identity:
             progress.say(f"sensitivities from {saved}")
             return found
+        progress.say(f"{saved} is about another model, text or target: asked anew, and replaced")
     with TemporaryDirectory(dir=folder, prefix=".sensitivity-") as scratch:
         ask = _by_gradients if question.method == METHODS[0] else _by_forwards
         found = ask(RoundingErrors(question, portions, threads), identity, Path(scratch), progress)
@@ -277,7 +279,7 @@ def _identity(question: Question, portions: Sequence[Portion]) -> str:
     asked = {
         "version": [VERSION, __version__],
         "model": source_identity(model.source.location),
-        "transforms": question.transforms,
+        "rewrites": [layer.digest() for layer in layers(model.checkpoint)],
         "target": question.target.name,
         "portions": [
             [one.name, *one.linears, *(f"{cell.grid} {cell.nbytes}" for cell in one.cells)] for one in portions
