@@ -369,3 +369,17 @@ def test_any_number_is_better_than_none() -> None:
     found = best_within_bytes(replace(tested.problem(None), measure=measure, max_bytes=middle + HEADER))
     assert found.best is not None and found.best.measured is not None
     assert math.isfinite(found.best.measured.loss)
+
+
+def test_a_metric_that_nothing_changes_is_kept_by_the_smallest() -> None:
+    """Its scores give no line to follow: each step must take away a share of what is left all the same."""
+    tested = world(7)
+    measured = tested.measure(None)
+
+    def measure(choice: Choice) -> Measured:
+        return replace(measured(choice), margins=(Margin("metric", 0.0, 0.03, 0.2, 0.049),))
+
+    found = smallest_within_limits(replace(tested.problem(None), measure=measure))
+    assert found.best is not None
+    smallest = allocate(tested.groups, sum(min(c.nbytes for c in group.candidates) for group in tested.groups)).nbytes
+    assert found.best.nbytes - HEADER < 1.05 * smallest

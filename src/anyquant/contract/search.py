@@ -144,13 +144,13 @@ class _Ladder:
             return None
         # a third of a step above the line: more likely to pass; and next to an end, one step from it, to close
         between = min(self._root(0.0) + step / 3, passing.nbytes - 0.95 * step)
-        if failing is not None:
-            between = max(between, low + 0.95 * step)
-            self.poor += passing.nbytes - low > self.width / 2
-            if self.poor > 1:  # the line does not tell: halve instead, as Dekker and Brent do
-                between = self._nbytes_for(math.sqrt(max(failing.predicted * passing.predicted, 0.0)))
-                between = min(max(between, low + 0.95 * step), passing.nbytes - 0.95 * step)
-            self.width = passing.nbytes - low
+        between = max(between, low + 0.95 * step)
+        self.poor += passing.nbytes - low > self.width / 2
+        if self.poor > 1:  # the line does not tell: halve instead, as Dekker and Brent do
+            below = float(self.curve.loss[0]) if failing is None else failing.predicted
+            between = self._nbytes_for(math.sqrt(max(below * max(passing.predicted, self._floor), 0.0)))
+            between = min(max(between, low + 0.95 * step), passing.nbytes - 0.95 * step)
+        self.width = passing.nbytes - low
         for target in (math.floor(between), (low + passing.nbytes) // 2, passing.nbytes - 1):
             choice = self._near(target)
             if not session.known(choice) and session.problem.nbytes(choice) < passing.nbytes:
