@@ -214,3 +214,12 @@ def test_what_allows_no_bound_is_inconclusive() -> None:
     assert judge(None, Contract(max_drop=(limit,))).status is Status.INCONCLUSIVE
     with pytest.raises(UsageError, match="no percentage"):
         drop_of(DropLimit("m:f:higher", 0.1, relative=True), scored([0.0] * 40), scored([0.0] * 40))
+
+
+def test_one_small_drop_is_no_better_evidence_than_none() -> None:
+    limit = DropLimit("m:f:higher", 0.01)
+    before = np.linspace(0.0, 1.0, 60)
+    after = before.copy()
+    after[30] -= 1e-4
+    none, one = (drop_of(limit, Scores(before, False), Scores(each, False)).upper for each in (before, after))
+    assert one >= none > 0.04

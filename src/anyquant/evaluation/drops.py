@@ -82,15 +82,17 @@ def drop_of(limit: DropLimit, baseline: Scores, candidate: Scores, seed: int = 0
 def _rare(differences: Float64, baseline: Scores, candidate: Scores) -> float:
     """Upper bound of the drop when few items changed: what none of 40 items showed may still happen to 7 % of all.
 
-    Share of items that become worse (Clopper & Pearson 1934), times the largest drop seen, or the size of the scores.
+    Share of items that become worse (Clopper & Pearson 1934) times the largest drop seen; and at least the share that
+    may hide behind none, times the size of the scores: one item that became a little worse does not tell less.
     Resampling only ever finds what it has seen; for scores that are right or wrong that would pass too often.
     """
     worse, items = differences[differences > 0], len(differences)
     if np.count_nonzero(differences) >= FEW:
         return -math.inf
     both = np.concatenate([baseline.values, candidate.values])
-    largest = float(worse.max() if len(worse) else max(np.abs(both).max(), np.ptp(both)))
-    return share_bound(len(worse), items) * largest
+    most = float(max(np.abs(both).max(), np.ptp(both)))
+    seen = share_bound(len(worse), items) * float(worse.max()) if len(worse) else 0.0
+    return max(seen, share_bound(0, items) * most)
 
 
 def share_bound(count: int, items: int, confidence: float = 0.95) -> float:
