@@ -78,7 +78,7 @@ def _reproduce(artifact: Path, against: str, flags: dict[str, Any], as_json: boo
             artifact, against=against, text=flags["text"], threads=flags["threads"], progress=progress
         )
     if as_json:
-        facts = {"reproduced": found.reproduced, "differences": found.differences}
+        facts = {"reproduced": found.reproduced, "differences": found.differences, "unchecked": found.unchecked}
         facts["certificate"] = found.certificate.plain()
         _print_json({**({} if found.measures is None else asdict(found.measures)), **facts})
     else:

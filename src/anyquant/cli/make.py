@@ -33,11 +33,13 @@ STATUS_CODES = {
 def command(model: str, out: Path, force: bool, as_json: bool, quiet: bool, **flags: Any) -> None:
     """Quantize MODEL for a target, prove it in the runtime, publish it with a report.
 
-    MODEL is a local Hugging Face folder with safetensors, or "demo". Without --preset, --grid or --recipe the smallest
-    preset that keeps --quality (or the limits) is found; without those, the target's default preset is made.
+    MODEL is a local Hugging Face folder with safetensors, or "demo". Without --preset, --grid or --recipe, limits
+    decide: the smallest mixture of grids within them is found, or the best within --max-size. Without limits, too, the
+    target's default preset is made.
 
     \b
     anyquant make PATH --for llama.cpp --quality balanced -o OUT
+    anyquant make PATH --for llama.cpp --max-size 4.0bpw --text mine.txt -o OUT
     anyquant make PATH --for llama.cpp --preset Q4_K_M --text mine.txt -o OUT
     anyquant make PATH --for vllm --grid int4-g128 -o OUT
     anyquant make PATH --for llama.cpp --grid q3_k --algorithm gptq -o OUT

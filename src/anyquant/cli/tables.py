@@ -162,6 +162,8 @@ def print_reproduction(found: Reproduction) -> None:
         print_measures(found.measures)
     console = _console()
     console.print(_pairs([("certificate", found.certificate.sentence())]))
+    for what in found.unchecked:
+        console.print(_text(f"not compared: {what}", "dim"))
     if found.reproduced:
         console.print(_text("reproduced: the certificate says what was measured again", STYLES["pass"]))
         return

@@ -20,6 +20,7 @@ from anyquant.pipeline.certificate import (
     Reproduction,
     expect_measured,
     read_record,
+    unchecked,
     unlike_measured,
     unlike_stated,
 )
@@ -173,9 +174,10 @@ def reproduce(artifact: Path, against: Path, judging: Judging, progress: Progres
     documents = load_splits(source_tokenizer(source), architecture, *_certified(record, judging)).certify
     differences = unlike_stated(sealed, opened, record, documents)
     if digest(documents) != sealed.text_sha256:
-        return Reproduction(sealed, None, tuple(differences))
+        return Reproduction(sealed, None, tuple(differences), unchecked(record))
     measures = _measured(artifact, source, documents, judging, progress)
-    return Reproduction(sealed, measures, (*differences, *unlike_measured(sealed, record, measures)))
+    differences = [*differences, *unlike_measured(sealed, record, measures)]
+    return Reproduction(sealed, measures, tuple(differences), unchecked(record))
 
 
 def reproducible(artifact: Path) -> bool:

@@ -56,6 +56,7 @@ class Quantizer:
         self._gathered: Statistics | None = None
         self._last: Statistics | None = None
         self._earlier: list[Path] = []
+        self._told = False
         self._work: Work | None = None
         self._folder = room.out.absolute().with_name(f".{room.out.name}.work")
         self._mine = self._folder
@@ -110,10 +111,11 @@ class Quantizer:
             self._earlier.remove(self._mine)
         self._make_room(job)
         others = [path for path in self._folder.glob("*") if path != self._mine and path not in self._earlier]
-        if others:
+        if others and not self._told:
+            self._told = True
             self._progress.say(
-                f"{self._folder} keeps the unfinished work of {len(others)} other runs to this output, with other "
-                "options; it goes away when this one is published"
+                f"{self._folder} keeps unfinished work of earlier runs to this output, {len(others)} plans; it goes "
+                "away when this one is published"
             )
         self._work = work = Work(self._mine, identity)
         done = Stages(job, documents, work, self._room, self._progress).run()
