@@ -41,7 +41,7 @@ def command(artifact: Path, against: str, certificate: bool | None, as_json: boo
     figures are not those of the certificate. Name a text, or give --no-certificate, to measure on another one.
     """
     from anyquant import api
-    from anyquant.pipeline.artifacts import reproducible
+    from anyquant.pipeline.artifacts import reproducible, uncompared
 
     given = [name for name in _ITS_OWN if flags[name] is not None]
     if certificate and given:
@@ -51,6 +51,8 @@ def command(artifact: Path, against: str, certificate: bool | None, as_json: boo
     if certificate:
         _reproduce(artifact, against, flags, as_json, quiet)
         return
+    for warning in uncompared(artifact):
+        click.echo(f"anyquant: {warning}", err=True)
     with TerminalProgress(quiet) as progress:
         measures = api.evaluate(
             artifact,

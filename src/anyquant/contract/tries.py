@@ -179,7 +179,7 @@ def sentence(tried: Try) -> str:
     if tried.measured is None:
         return text + ", not measured"
     text += f", measured {tried.measured.loss:.4g} ± {tried.measured.standard_error:.2g}"
-    return f"{text}: {'pass' if tried.passed else 'fail'} ({tried.step})"
+    return f"{text}: {'enough' if tried.passed else 'too little'} room ({tried.step})"
 
 
 def _least(groups: Sequence[Group]) -> int:

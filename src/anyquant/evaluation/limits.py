@@ -178,6 +178,8 @@ def size_limit(text: str) -> dict[str, Any]:
         raise UsageError(f"--max-size {text}: write bytes (13200000B, 4.6GB, 4.3GiB) or bits per weight (4.5bpw)")
     if (match[2] or "").lower() == "bpw":
         return {"max_bpw": float(match[1])}
+    if not match[2] and float(match[1]) < 64:
+        raise UsageError(f"--max-size {text}: which unit is meant: {text}GB, or {text}bpw?")
     if not match[3] and "." in match[1]:
         raise UsageError(f"--max-size {text}: bytes come whole; which unit is meant: {text}GB, or {text}bpw?")
     unit = (1024 if match[4] else 1000) ** _UNITS.index((match[3] or " ").upper())

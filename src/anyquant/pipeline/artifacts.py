@@ -20,6 +20,7 @@ from anyquant.pipeline.certificate import (
     Reproduction,
     expect_measured,
     read_record,
+    tensor_digest,
     unchecked,
     unlike_measured,
     unlike_stated,
@@ -178,6 +179,24 @@ def reproduce(artifact: Path, against: Path, judging: Judging, progress: Progres
     measures = _measured(artifact, source, documents, judging, progress)
     differences = [*differences, *unlike_measured(sealed, record, measures)]
     return Reproduction(sealed, measures, tuple(differences), unchecked(record))
+
+
+def uncompared(artifact: Path) -> list[str]:
+    """What to say of a certificate that a measurement on some other text leaves aside; its tensors are looked at.
+
+    Raises BadInputError when they are not those that were certified.
+    """
+    opened = open_checkpoint(entry_of(artifact))
+    sealed = read_certificate(opened.metadata, opened.config, str(artifact))
+    if sealed is None or not sealed.measured:
+        return []
+    if tensor_digest(opened) != sealed.tensor_sha256:
+        raise BadInputError(f"{artifact}: its tensors are not those that its certificate was given for")
+    if read_record(artifact) is not None:
+        return []
+    return [
+        f"the certificate in {artifact} is not compared: report.json, which says how it was measured, is not beside it"
+    ]
 
 
 def reproducible(artifact: Path) -> bool:

@@ -70,7 +70,7 @@ class Chooser:
         outcome = search.run(effort, stronger, self._progress.say)
         if outcome.best is None:
             raise InconclusiveError(f"{outcome.reason} Give a longer --budget.")
-        return Chosen(search.job(outcome.best.choice), outcome.reason)
+        return Chosen(search.job(outcome.best.choice), f"On the select text: {outcome.reason}")
 
     def _search(self, found: Sensitivity, measure: Callable[[Job], Found]) -> Search:
         request, recipe, architecture = self._request, self._request.recipe, self._model.architecture
