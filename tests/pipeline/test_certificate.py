@@ -16,6 +16,7 @@ import anyquant as aq
 from anyquant.core.errors import BadInputError, InconclusiveError, UsageError
 from anyquant.evaluation.limits import Contract, DropLimit
 from anyquant.formats.certificate import Certificate
+from anyquant.pipeline.artifacts import uncompared
 from anyquant.pipeline.certificate import stored, tensor_digest
 from anyquant.store.manifest import MANIFEST, read_manifest, verify_manifest
 
@@ -159,6 +160,21 @@ def test_changed_weights_are_noticed(make: Any, model_folder: Path, tmp_path: Pa
     shutil.copy(copy / "model.gguf", tmp_path / "listed" / "model.gguf")
     with pytest.raises(BadInputError, match="sha256"):
         aq.reproduce(tmp_path / "listed", against=model_folder)
+
+
+def test_a_file_on_its_own(make: Any, tmp_path: Path) -> None:
+    """Without the report nothing says on which text it was measured; its tensors can be told all the same."""
+    out, _ = make("gguf")
+    alone = Path(shutil.copy(out / "model.gguf", tmp_path / "alone.gguf"))
+    assert uncompared(out) == []
+    assert "report.json" in "".join(uncompared(alone))
+    with alone.open("r+b") as file:
+        file.seek(-100_000, 2)
+        byte = file.read(1)
+        file.seek(-100_000, 2)
+        file.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(BadInputError, match="not those"):
+        uncompared(alone)
 
 
 def test_a_text_that_is_gone_is_asked_for(make: Any, model_folder: Path, tmp_path: Path) -> None:
