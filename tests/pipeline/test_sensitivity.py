@@ -19,6 +19,7 @@ from anyquant.evaluation.kl import divergence, log_softmax
 from anyquant.formats import rules
 from anyquant.grids import grid as find_grid
 from anyquant.pipeline import sensitivity as module
+from anyquant.pipeline.choice import Wanted, rules_of
 from anyquant.pipeline.heat import heat_map, most_sensitive, page, shown_grid
 from anyquant.pipeline.planner import make_job
 from anyquant.pipeline.prepare import prepare
@@ -99,7 +100,9 @@ def test_bytes_are_exact_and_rules_say_the_choice(demo: Question, tmp_path: Path
     found = Sensitivity("", "gradient", 1, 1, 1.0, 0, portions)
     totals = set()
     for plan in random_plans(found, 3):
-        job = make_job(demo.model, demo.target, Recipe(rules=found.rules(plan)), True)
+        wanted = {name: Wanted(plan[one.name]) for one in found.portions for name in one.linears}
+        rules_found = rules_of(demo.model.architecture, wanted)
+        job = make_job(demo.model, demo.target, Recipe(rules=rules_found), True)
         totals.add(job.layout.nbytes - sum(found.by_name[name].cell(grid).nbytes for name, grid in plan.items()))
         assert {name: job.plan.decisions[name].grid for name in plan} == plan
     assert len(totals) == 1

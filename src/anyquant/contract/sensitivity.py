@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from anyquant.core.errors import AnyQuantError
-
-Float64 = npt.NDArray[np.float64]
+from anyquant.evaluation.bootstrap import ratio
+from anyquant.evaluation.kl import Float64
 
 
 @dataclass(frozen=True)
@@ -41,12 +40,8 @@ def from_products(products: Float64, lengths: Sequence[int]) -> Estimate:
 
 def from_documents(divergences: Float64, lengths: Sequence[int]) -> Estimate:
     """The divergence per token, from its sums over the tokens of each document."""
-    sizes, count = np.asarray(lengths, dtype=np.float64), len(lengths)
-    loss = float(divergences.sum() / sizes.sum())
-    if count < 2:
-        return Estimate(loss, abs(loss))
-    spread = float(np.square(divergences - loss * sizes).sum()) * count / (count - 1)
-    return Estimate(loss, float(np.sqrt(spread) / sizes.sum()))
+    loss, error = ratio(divergences, np.asarray(lengths, dtype=np.float64))
+    return Estimate(loss, error if len(lengths) > 1 else abs(loss))
 
 
 def carried_over(measured: Estimate, errors: Mapping[str, float], together: float) -> dict[str, Estimate]:

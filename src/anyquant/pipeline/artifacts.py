@@ -135,10 +135,16 @@ def entry_of(artifact: Path) -> Path:
 
 def _refuse_changed(artifact: Path) -> None:
     """Figures of a file that was changed would be blamed on the rounding; one without a manifest is taken as is."""
-    if artifact.is_dir() and read_manifest(artifact) is not None:
-        verify_manifest(artifact)
-    elif artifact.is_file() and artifact.name in listed_files(artifact.parent):
-        verify_manifest(artifact.parent)
+    folder = _listed_in(artifact)
+    if folder is not None:
+        verify_manifest(folder)
+
+
+def _listed_in(artifact: Path) -> Path | None:
+    """The folder whose manifest lists the artifact, if there is one."""
+    if artifact.is_dir():
+        return None if read_manifest(artifact) is None else artifact
+    return artifact.parent if artifact.is_file() and artifact.name in listed_files(artifact.parent) else None
 
 
 def evaluate(artifact: Path, against: Path, judging: Judging, progress: Progress) -> Measures:
@@ -182,15 +188,16 @@ def reproduce(artifact: Path, against: Path, judging: Judging, progress: Progres
 
 
 def uncompared(artifact: Path) -> list[str]:
-    """What to say of a certificate that a measurement on some other text leaves aside; its tensors are looked at.
+    """What to say of a certificate that a measurement on some other text leaves aside.
 
+    Its tensors are looked at where no manifest tells already whether they were changed.
     Raises BadInputError when they are not those that were certified.
     """
     opened = open_checkpoint(entry_of(artifact))
     sealed = read_certificate(opened.metadata, opened.config, str(artifact))
     if sealed is None or not sealed.measured:
         return []
-    if tensor_digest(opened) != sealed.tensor_sha256:
+    if _listed_in(artifact) is None and tensor_digest(opened) != sealed.tensor_sha256:
         raise BadInputError(f"{artifact}: its tensors are not those that its certificate was given for")
     if read_record(artifact) is not None:
         return []

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from glob import escape
 
 from anyquant.core.linear import Linear, Role
 from anyquant.models.architecture import Architecture
@@ -28,7 +29,7 @@ def rules_of(architecture: Architecture, wanted: Mapping[str, Wanted]) -> tuple[
     for role, linears in by_role.items():
         for wish, first, last, names in _runs(linears, wanted):
             if names:
-                rules += [Rule(pattern=name, grid=wish.grid, algorithm=wish.algorithm) for name in names]
+                rules += [Rule(pattern=escape(name), grid=wish.grid, algorithm=wish.algorithm) for name in names]
             else:
                 blocks = None if first is None or last is None else (first, last)
                 rules.append(Rule(role=role.value, blocks=blocks, grid=wish.grid, algorithm=wish.algorithm))

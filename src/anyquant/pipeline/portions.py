@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from glob import escape
 
 import numpy as np
 
@@ -14,9 +13,10 @@ from anyquant.core.linear import Linear
 from anyquant.formats.base import Rules
 from anyquant.grids import grid as find_grid
 from anyquant.pipeline.blocks import BLOCK_WEIGHTS, Block
+from anyquant.pipeline.choice import Wanted, rules_of
 from anyquant.pipeline.executors.threads import run_all
 from anyquant.pipeline.planner import Job, Model, draft_job
-from anyquant.pipeline.recipe import Recipe, Rule
+from anyquant.pipeline.recipe import Recipe
 from anyquant.pipeline.rows import Direct, Importance
 
 METHODS = ("gradient", "forward")
@@ -137,7 +137,8 @@ def _sizes(
 def _job(question: Question, together: Mapping[str, Sequence[Linear]], choice: Mapping[str, str]) -> Job:
     """The chosen portions on their grids, all else as stored. Raises UnsupportedError when the target cannot hold that,
     unless it cannot hold this model at all yet."""
-    rules = tuple(Rule(pattern=escape(one.name), grid=grid) for name, grid in choice.items() for one in together[name])
+    wanted = {one.name: Wanted(grid) for name, grid in choice.items() for one in together[name]}
+    rules = rules_of(question.model.architecture, wanted)
     job, refusal = draft_job(question.model, question.target, Recipe(rules=rules), True)
     if refusal and not draft_job(question.model, question.target, Recipe(), True)[1]:
         raise UnsupportedError(refusal)

@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from glob import escape
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,7 +24,6 @@ from anyquant.core.progress import Progress
 from anyquant.grids import grid as find_grid
 from anyquant.models.streaming import BATCH_TOKENS, StreamedModel
 from anyquant.pipeline.portions import DRAWS, METHODS, Cell, Portion, Question, RoundingErrors, portions_of
-from anyquant.pipeline.recipe import Rule
 from anyquant.pipeline.work import source_identity
 from anyquant.store.strict_json import parse_json
 from anyquant.store.system import reading, writing
@@ -87,14 +85,6 @@ class Sensitivity:
     @cached_property
     def by_name(self) -> Mapping[str, Portion]:
         return {portion.name: portion for portion in self.portions}
-
-    def rules(self, choice: Choice) -> tuple[Rule, ...]:
-        """The choice as rules of a recipe, one for each Linear."""
-        return tuple(
-            Rule(pattern=escape(linear), grid=choice[portion.name])
-            for portion in self.portions
-            for linear in portion.linears
-        )
 
     def loss(self, choice: Choice) -> float:
         """The predicted KL of a whole plan: cross terms between parts are small beside the parts."""
