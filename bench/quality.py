@@ -53,7 +53,7 @@ def overwrite_with_stock(job: Job, statistics: Importance, file: Path) -> None:
             rows = QTensor(grid, (block.rows, weights.shape[1]), codes, params)
             target = writable(job)
             for chunk in target.pack(block.unit, job.architecture, block.linear.name, block.first, rows):
-                output.seek(places[chunk.part] + chunk.offset)
+                output.seek(places[chunk.place.part] + chunk.place.offset)
                 output.write(np.ascontiguousarray(chunk.data).data)
 
 

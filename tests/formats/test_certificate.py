@@ -10,7 +10,7 @@ import pytest
 
 from anyquant.core.errors import BadInputError
 from anyquant.formats.certificate import BLANK, KEY, WIDTHS, Certificate, read_certificate, stamp_gguf
-from anyquant.formats.compressed_tensors.config import _rendered, stamp_config
+from anyquant.formats.folder.config import _rendered, stamp_config
 from anyquant.formats.gguf.metadata import add_certificate
 from anyquant.formats.gguf.writer import header, new_writer
 

@@ -17,10 +17,12 @@ from safetensors import safe_open
 
 from anyquant.core.checkpoint import Checkpoint, read_tensor
 from anyquant.core.dtypes import bfloat16_to_float32, float32_to_bfloat16
-from anyquant.core.errors import AnyQuantError, UnsupportedError, UsageError
+from anyquant.core.errors import UnsupportedError, UsageError
 from anyquant.core.linear import Role
+from anyquant.core.qtensor import QTensor
 from anyquant.formats import FORMATS
 from anyquant.formats.compressed_tensors.layouts import IntegerLayout, layout
+from anyquant.grids import grid as find_grid
 from anyquant.models.architecture import Architecture
 from anyquant.models.detect import detect
 from anyquant.store.open import open_checkpoint
@@ -57,14 +59,16 @@ def test_packing_equals_the_library(bits: int) -> None:
     codes[0, :16] = np.arange(-8, 8)
     scale = bfloat16_to_float32(float32_to_bfloat16(random.uniform(1e-4, 2, (48, 3)).astype(np.float32)))
     kind = IntegerLayout(bits, 128)
-    packed, scales = kind.pack(codes, {"scale": scale})
+    rows = QTensor(find_grid(kind.grid), codes.shape, codes, {"scale": scale})
+    packed, scales, shape = kind.pack(rows, codes.shape)
     expected = pack_to_int32(torch.from_numpy(codes), bits).contiguous().numpy()
     np.testing.assert_array_equal(packed.view("<i4"), expected)
-    params, back = kind.unpack([packed, scales])
-    np.testing.assert_array_equal(back, codes)
-    np.testing.assert_array_equal(params["scale"], scale)
-    with pytest.raises(AnyQuantError, match="bfloat16"):
-        kind.pack(codes, {"scale": scale + np.float32(1e-5)})
+    np.testing.assert_array_equal(shape.view("<i8"), codes.shape)
+    back = kind.unpack([packed.reshape(-1), scales.reshape(-1), shape], len(codes), codes.shape)
+    np.testing.assert_array_equal(back.codes, codes)
+    np.testing.assert_array_equal(back.params["scale"], scale)
+    with pytest.raises(UnsupportedError, match="bfloat16"):
+        kind.pack(dataclasses.replace(rows, params={"scale": scale + np.float32(1e-5)}), codes.shape)
     with pytest.raises(UnsupportedError, match="q4_k"):
         layout("q4_k")
 

@@ -232,10 +232,10 @@ def _written(grid: Grid, found: QTensor) -> int | None:
         layout = tensors_layout(grid.name)
     except UnsupportedError:
         return None
-    arrays = layout.pack(found.codes, found.params)
-    params, codes = layout.unpack(list(arrays))
-    assert same(QTensor(grid, found.shape, codes, params), found)
-    return sum(array.nbytes for array in arrays)
+    arrays = layout.pack(found, found.shape)
+    assert same(layout.unpack([array.reshape(-1) for array in arrays], found.shape[0], found.shape), found)
+    stored = zip(layout.tensors(*found.shape), arrays, strict=True)
+    return sum(array.nbytes for one, array in stored if one.suffix != "weight_shape")
 
 
 # shapes at whose edges blocks are partial, or a row is one group

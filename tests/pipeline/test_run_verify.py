@@ -177,7 +177,8 @@ class Unpaired(GGUFFormat):
 
 
 def _renamed(chunk: Chunk, names: dict[str, str]) -> Chunk:
-    return replace(chunk, part=names.get(chunk.part, chunk.part))
+    part = chunk.place.part
+    return replace(chunk, place=replace(chunk.place, part=names.get(part, part)))
 
 
 @pytest.mark.parametrize("wrong", [Swapping(), Unpaired()], ids=["swapped", "unpaired"])

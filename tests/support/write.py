@@ -55,10 +55,12 @@ def write(
             stream.write(file.prefix)
             stream.truncate(file.nbytes)
     for chunk in _chunks(form, layout, checkpoint, architecture, change):
-        file, part = layout.locate()[chunk.part]
+        place, data = chunk.place, memoryview(chunk.data).cast("B")
+        file, part = layout.locate()[place.part]
         with (folder / file.path).open("r+b") as stream:
-            stream.seek(part.offset + chunk.offset)
-            stream.write(memoryview(chunk.data).cast("B"))
+            for run in range(place.runs):
+                stream.seek(part.offset + place.offset + run * place.pitch)
+                stream.write(data[run * place.nbytes : (run + 1) * place.nbytes])
     return layout
 
 

@@ -148,9 +148,29 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Packed bytes of some rows: where they go inside a part (`offset` from the part's start)."""
+class Place:
+    """Bytes of a part: `runs` stretches of `nbytes` each, which begin `pitch` bytes apart; the first at `offset`.
+
+    Several runs: rows of a matrix that is stored transposed. `shared`: they belong to all rows of the unit; they are
+    packed with its first row, and read with any.
+    """
 
     part: str
     offset: int
-    data: Any  # a contiguous uint8 array or bytes
+    nbytes: int
+    runs: int = 1
+    pitch: int = 0
+    shared: bool = False
+
+    @property
+    def total(self) -> int:
+        """Bytes of all runs."""
+        return self.nbytes * self.runs
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Packed bytes of some rows and where they go, run after run."""
+
+    place: Place
+    data: Any  # a contiguous uint8 array or bytes, `place.total` of them

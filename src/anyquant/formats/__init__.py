@@ -7,7 +7,7 @@ FORMATS: Registry[Format] = Registry(
     "format",
     {
         "gguf": "anyquant.formats.gguf.format:FORMAT",
-        "compressed-tensors": "anyquant.formats.compressed_tensors.format:FORMAT",
+        "compressed-tensors": "anyquant.formats.compressed_tensors.scheme:FORMAT",
     },
     "anyquant.formats",
 )

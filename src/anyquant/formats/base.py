@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.dtypes import Bytes, Float32
 from anyquant.core.linear import Linear
-from anyquant.core.plan import Chunk, Layout, Part, Plan, TargetFile, Unit
+from anyquant.core.plan import Chunk, Layout, Part, Place, Plan, TargetFile, Unit
 from anyquant.core.qtensor import QTensor
 from anyquant.formats.certificate import Certificate
 from anyquant.models.architecture import Architecture
@@ -82,10 +82,8 @@ class Rules(Protocol):
         """All files with their exact bytes; only headers and small text files of the checkpoint are read."""
         ...
 
-    def slices(
-        self, unit: Unit, architecture: Architecture, linear: str, first_row: int, rows: int
-    ) -> list[tuple[str, int, int]]:
-        """(part, offset in the part, bytes) that these rows of the Linear occupy: what `pack` writes."""
+    def slices(self, unit: Unit, architecture: Architecture, linear: str, first_row: int, rows: int) -> list[Place]:
+        """What these rows of the Linear occupy, and what all rows of the unit share."""
         ...
 
 
@@ -94,7 +92,10 @@ class Format(Rules, Protocol):
     """Rules, and the pure functions between quantized rows and bytes."""
 
     def pack(self, unit: Unit, architecture: Architecture, linear: str, first_row: int, rows: QTensor) -> list[Chunk]:
-        """The bytes of some rows of one Linear of the unit; rows start at logical row `first_row` of that Linear."""
+        """The bytes of some rows of one Linear of the unit; rows start at logical row `first_row` of that Linear.
+
+        What is shared comes with the first row of the unit.
+        """
         ...
 
     def unpack(

@@ -11,7 +11,7 @@ from anyquant.core.checkpoint import TensorSpec
 from anyquant.core.dtypes import Bytes, Float32
 from anyquant.core.errors import AnyQuantError, BadInputError, UnsupportedError
 from anyquant.core.linear import Carried, Linear
-from anyquant.core.plan import EMPTY, Unit
+from anyquant.core.plan import EMPTY, Place, Unit
 from anyquant.core.qtensor import QTensor
 from anyquant.models.architecture import Architecture
 
@@ -21,9 +21,7 @@ BLOCK_WEIGHTS = 1 << 22  # decoded at a time
 class Decoder(Protocol):
     """The part of a format that reads."""
 
-    def slices(
-        self, unit: Unit, architecture: Architecture, linear: str, first_row: int, rows: int
-    ) -> list[tuple[str, int, int]]: ...
+    def slices(self, unit: Unit, architecture: Architecture, linear: str, first_row: int, rows: int) -> list[Place]: ...
 
     def unpack(
         self, unit: Unit, architecture: Architecture, linear: str, first_row: int, rows: int, parts: Mapping[str, Bytes]
@@ -32,13 +30,13 @@ class Decoder(Protocol):
 
 @dataclass(eq=False)
 class DecodedArtifact:
-    """`units` fill the artifact; `read(part, offset, nbytes)` gives bytes of a part, `carried(unit)` decoded values."""
+    """`units` fill the artifact; `read(place)` gives bytes of a part, `carried(unit)` decoded values."""
 
     location: str
     architecture: Architecture
     units: tuple[Unit, ...]
     decoder: Decoder
-    read: Callable[[str, int, int], Bytes]
+    read: Callable[[Place], Bytes]
     carried: Callable[[Unit], Float32]
     config: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
     metadata: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
@@ -105,7 +103,7 @@ class DecodedArtifact:
         for begin in range(first // multiple * multiple, last, step):
             end = min(begin + step, linear.view.rows)
             places = self.decoder.slices(unit, self.architecture, linear.name, begin, end - begin)
-            raw = {part: self.read(part, offset, nbytes) for part, offset, nbytes in places}
+            raw = {place.part: self.read(place) for place in places}
             rows = self.decoder.unpack(unit, self.architecture, linear.name, begin, end - begin, raw).decode()
             low, high = max(begin, first), min(end, last)
             out[low - first : high - first] = rows[low - begin : high - begin]

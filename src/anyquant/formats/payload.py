@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.dtypes import DTYPES
 from anyquant.core.grid import Grid
-from anyquant.core.plan import Layout, Part, Plan, TargetFile, Unit
+from anyquant.core.plan import Layout, Part, Place, Plan, TargetFile, Unit
 from anyquant.formats.state import StateRules, carried_dtype
 from anyquant.grids import grid as find_grid
 from anyquant.models.architecture import Architecture
@@ -41,13 +41,11 @@ class PayloadRules(StateRules):
             offset += parts[-1].nbytes
         return Layout((TargetFile("", b"", tuple(parts), offset),), tuple(units))
 
-    def slices(
-        self, unit: Unit, architecture: Architecture, linear: str, first_row: int, rows: int
-    ) -> list[tuple[str, int, int]]:
+    def slices(self, unit: Unit, architecture: Architecture, linear: str, first_row: int, rows: int) -> list[Place]:
         """Where these rows lie when rows follow each other; what all rows share goes with the first of them."""
         grid, columns = find_grid(unit.grid), architecture.by_name[linear].view.columns
         start, stop = (self._bytes(unit, grid, (row, columns)) for row in (first_row, first_row + rows))
-        return [(linear, start, stop - start)]
+        return [Place(linear, start, stop - start)]
 
     def _bytes(self, unit: Unit, grid: Grid, shape: tuple[int, int]) -> int:
         if not shape[0]:

@@ -13,7 +13,7 @@ from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.dtypes import DTYPES
 from anyquant.core.errors import UsageError
 from anyquant.core.linear import Linear, Role
-from anyquant.core.plan import Layout, Part, Plan, TargetFile, Unit
+from anyquant.core.plan import Layout, Part, Place, Plan, TargetFile, Unit
 from anyquant.formats.base import COMPANIONS
 from anyquant.grids import grid as find_grid
 from anyquant.models.architecture import Architecture
@@ -90,9 +90,7 @@ class StateRules:
                 files.append(TargetFile(name, content, (), len(content)))
         return Layout(tuple(files), tuple(units))
 
-    def slices(
-        self, unit: Unit, architecture: Architecture, linear: str, first_row: int, rows: int
-    ) -> list[tuple[str, int, int]]:
+    def slices(self, unit: Unit, architecture: Architecture, linear: str, first_row: int, rows: int) -> list[Place]:
         """Rows of the codes, of every parameter and of every correction; what belongs to all rows goes with row 0."""
         grid, shape = find_grid(unit.grid), architecture.by_name[linear].shape
         owners = {parameter.name: parameter.slice(first_row, rows) for parameter in grid.parameters}
@@ -102,7 +100,7 @@ class StateRules:
             whole = name.endswith(SHARED) or (name in owners and stored[0] == 1 and shape[0] != 1)
             lines = slice(0, stored[0]) if whole else owners.get(name, slice(first_row, first_row + rows))
             if not whole or first_row == 0:
-                found.append((f"{linear}/{name}", lines.start * row, (lines.stop - lines.start) * row))
+                found.append(Place(f"{linear}/{name}", lines.start * row, (lines.stop - lines.start) * row))
         return found
 
 

@@ -22,13 +22,17 @@ def make_ledger(job: Job, errors: Mapping[str, float] | None = None) -> Ledger:
     architecture, checkpoint = job.architecture, job.source
     lines = []
     claimed: dict[str, int] = defaultdict(int)
-    places = {name: part for name, (_, part) in job.layout.locate().items()}
+    parts = {name: part for name, (_, part) in job.layout.locate().items()}
     for unit in job.layout.units:
         for name in unit.linears:
             linear, decision = architecture.by_name[name], job.plan.decisions[name]
-            owned = job.format.slices(unit, architecture, name, 0, linear.view.rows)
-            for part, _, nbytes in owned:
-                claimed[part] += nbytes
+            owned = [
+                place
+                for place in job.format.slices(unit, architecture, name, 0, linear.view.rows)
+                if not place.shared or name == unit.linears[0]
+            ]
+            for place in owned:
+                claimed[place.part] += place.total
             lines.append(
                 Line(
                     name=name,
@@ -39,8 +43,8 @@ def make_ledger(job: Job, errors: Mapping[str, float] | None = None) -> Ledger:
                     requested=decision.requested,
                     applied=decision.grid,
                     algorithm=decision.chain,
-                    target=owned[0][0],
-                    target_bytes=sum(nbytes for _, _, nbytes in owned),
+                    target=owned[0].part,
+                    target_bytes=sum(place.total for place in owned),
                     reason=decision.reason,
                     error=None if errors is None else errors[name],
                 )
@@ -48,9 +52,9 @@ def make_ledger(job: Job, errors: Mapping[str, float] | None = None) -> Ledger:
         for name in unit.carried:
             carried = architecture.carried_by_name[name]
             spec = checkpoint.spec(carried.tensor)
-            nbytes = sum(places[stored].nbytes for stored in unit.parts)
+            nbytes = sum(parts[stored].nbytes for stored in unit.parts)
             for stored in unit.parts:
-                claimed[stored] += places[stored].nbytes
+                claimed[stored] += parts[stored].nbytes
             lines.append(
                 Line(
                     name=name,
@@ -59,16 +63,16 @@ def make_ledger(job: Job, errors: Mapping[str, float] | None = None) -> Ledger:
                     source_dtype=spec.dtype,
                     source_bytes=carried.length * spec.nbytes // spec.elements,
                     requested=job.plan.carried[name] or "as stored",
-                    applied=job.plan.carried[name] or places[unit.parts[0]].dtype,
+                    applied=job.plan.carried[name] or parts[unit.parts[0]].dtype,
                     algorithm="carried",
                     target=unit.parts[0],
                     target_bytes=nbytes,
                     reason="kept in float",
                 )
             )
-    for name, place in places.items():
-        if claimed[name] != place.nbytes:
-            raise AnyQuantError(f"ledger: {claimed[name]} of {place.nbytes} bytes of {name} are accounted for")
+    for name, part in parts.items():
+        if claimed[name] != part.nbytes:
+            raise AnyQuantError(f"ledger: {claimed[name]} of {part.nbytes} bytes of {name} are accounted for")
     unused = tuple((name, checkpoint.spec(name).nbytes, reason) for name, reason in architecture.unused.items())
     ledger = Ledger(tuple(lines), unused)
     ledger.balance(sum(checkpoint.spec(name).nbytes for name in checkpoint.names()), job.layout.payload)

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from anyquant.core.dtypes import Float32
+from anyquant.core.errors import AnyQuantError
 from anyquant.core.grid import Grid
-from anyquant.core.plan import Chunk, Layout, Unit
+from anyquant.core.plan import Chunk, Layout, Place, Unit
 from anyquant.core.progress import Progress
 from anyquant.core.qtensor import QTensor
 from anyquant.pipeline.blocks import Block, blocks, read_carried
@@ -30,9 +31,9 @@ class Sink(Protocol):
 
 @dataclass(frozen=True)
 class Written:
-    """What `verify` compares with, as sha256: packed bytes by (part, offset), codes and parameters by block."""
+    """What `verify` compares with, as sha256: packed bytes by place, codes and parameters by block."""
 
-    digests: Mapping[tuple[str, int], bytes]
+    digests: Mapping[Place, bytes]
     contents: Mapping[tuple[str, int], bytes]
 
 
@@ -60,7 +61,7 @@ class _Files:
 
     def __init__(self, layout: Layout, sink: Sink) -> None:
         self._sink = sink
-        self._place = {part.name: (file.path, part.offset) for file in layout.files for part in file.parts}
+        self._start = {part.name: (file.path, part.offset) for file in layout.files for part in file.parts}
         self._open: dict[str, int] = {}
         for file in layout.files:
             self._open[file.path] = sink.create_sized(file.path, file.nbytes)
@@ -68,9 +69,14 @@ class _Files:
 
     def write(self, chunk: Chunk) -> bytes:
         """Write a chunk and return its sha256."""
-        path, start = self._place[chunk.part]
+        place = chunk.place
+        path, start = self._start[place.part]
         data = memoryview(chunk.data).cast("B")
-        self._sink.write_at(self._open[path], start + chunk.offset, data)
+        if len(data) != place.total:
+            raise AnyQuantError(f"{place.part}: {len(data)} bytes were packed for {place}")
+        for run in range(place.runs):
+            piece = data[run * place.nbytes : (run + 1) * place.nbytes]
+            self._sink.write_at(self._open[path], start + place.offset + run * place.pitch, piece)
         return hashlib.sha256(data).digest()
 
     def finish(self) -> None:
@@ -78,11 +84,11 @@ class _Files:
             self._sink.finish(descriptor)
 
 
-def _carry(job: Job, unit: Unit, files: _Files) -> dict[tuple[str, int], bytes]:
+def _carry(job: Job, unit: Unit, files: _Files) -> dict[Place, bytes]:
     digests = {}
     for name in unit.carried:
         for chunk in writable(job).carry(unit, job.architecture, read_carried(job, name)):
-            digests[chunk.part, chunk.offset] = files.write(chunk)
+            digests[chunk.place] = files.write(chunk)
     return digests
 
 
@@ -94,17 +100,17 @@ def execute(job: Job, source: Rows, sink: Sink, threads: int, progress: Progress
     """
     target = writable(job)
     files = _Files(job.layout, sink)
-    digests: dict[tuple[str, int], bytes] = {}
+    digests: dict[Place, bytes] = {}
     contents: dict[tuple[str, int], bytes] = {}
     for unit in job.layout.units:
         digests.update(_carry(job, unit, files))
 
-    def work(block: Block) -> tuple[dict[tuple[str, int], bytes], bytes]:
+    def work(block: Block) -> tuple[dict[Place, bytes], bytes]:
         rows = source.rows(block)
         chunks = target.pack(block.unit, job.architecture, block.linear.name, block.first, rows)
-        return {(chunk.part, chunk.offset): files.write(chunk) for chunk in chunks}, content_digest(rows)
+        return {chunk.place: files.write(chunk) for chunk in chunks}, content_digest(rows)
 
-    def done(block: Block, result: tuple[dict[tuple[str, int], bytes], bytes]) -> None:
+    def done(block: Block, result: tuple[dict[Place, bytes], bytes]) -> None:
         written, contents[block.key] = result
         digests.update(written)
         progress.advance(block.weights)

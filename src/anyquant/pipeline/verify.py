@@ -11,6 +11,7 @@ import numpy as np
 
 from anyquant.core.dtypes import Bytes
 from anyquant.core.errors import AnyQuantError
+from anyquant.core.plan import Place
 from anyquant.core.progress import Progress
 from anyquant.core.qtensor import QTensor
 from anyquant.pipeline.blocks import Block, blocks, read_block, read_carried
@@ -37,15 +38,19 @@ class _Reader:
     """The bytes of parts, read back from the files on disk; usable from any thread."""
 
     def __init__(self, job: Job, folder: Path) -> None:
-        self._place = {name: (file.path, part.offset) for name, (file, part) in job.layout.locate().items()}
+        self._start = {name: (file.path, part.offset) for name, (file, part) in job.layout.locate().items()}
         self._fds = {file.path: os.open(folder / file.path, os.O_RDONLY) for file in job.layout.files}
 
-    def read(self, part: str, offset: int, nbytes: int) -> Bytes:
-        path, start = self._place[part]
-        data = os.pread(self._fds[path], nbytes, start + offset)
-        if len(data) != nbytes:
-            raise AnyQuantError(f"verify: {path}: {part} ends early, {len(data)} of {nbytes} bytes")
-        return np.frombuffer(data, dtype=np.uint8)
+    def read(self, place: Place) -> Bytes:
+        """The bytes of all runs, one after the other."""
+        path, start = self._start[place.part]
+        found = b"".join(
+            os.pread(self._fds[path], place.nbytes, start + place.offset + run * place.pitch)
+            for run in range(place.runs)
+        )
+        if len(found) != place.total:
+            raise AnyQuantError(f"verify: {path}: {place.part} ends early, {len(found)} of {place.total} bytes")
+        return np.frombuffer(found, dtype=np.uint8)
 
     def close(self) -> None:
         for fd in self._fds.values():
@@ -83,10 +88,10 @@ def _check_around(job: Job, folder: Path) -> None:
                 at = max(at, stop)
 
 
-def _check_digests(written: Written, reader: _Reader, sizes: Mapping[tuple[str, int], int]) -> None:
-    for (part, offset), digest in written.digests.items():
-        if hashlib.sha256(reader.read(part, offset, sizes[part, offset]).data).digest() != digest:
-            raise AnyQuantError(f"verify: {part} at {offset} differs from what was written")
+def _check_digests(written: Written, reader: _Reader) -> None:
+    for place, digest in written.digests.items():
+        if hashlib.sha256(reader.read(place).data).digest() != digest:
+            raise AnyQuantError(f"verify: {place.part} at {place.offset} differs from what was written")
 
 
 def _check_carried(job: Job, reader: _Reader) -> None:
@@ -95,22 +100,8 @@ def _check_carried(job: Job, reader: _Reader) -> None:
         for name in unit.carried:
             for chunk in writable(job).carry(unit, job.architecture, read_carried(job, name)):
                 wanted = memoryview(chunk.data).cast("B")
-                if reader.read(chunk.part, chunk.offset, len(wanted)).data != wanted:
+                if reader.read(chunk.place).data != wanted:
                     raise AnyQuantError(f"verify: {name} on disk differs from the source")
-
-
-def _sizes(job: Job, written: Written) -> dict[tuple[str, int], int]:
-    """Bytes of each written chunk: up to the next chunk of its part, or the end of the part."""
-    starts: dict[str, list[int]] = defaultdict(list)
-    for part, offset in written.digests:
-        starts[part].append(offset)
-    ends = {name: part.nbytes for name, (_, part) in job.layout.locate().items()}
-    sizes = {}
-    for part, offsets in starts.items():
-        ordered = sorted(offsets)
-        for start, stop in zip(ordered, [*ordered[1:], ends[part]], strict=True):
-            sizes[part, start] = stop - start
-    return sizes
 
 
 def file_hash(path: Path) -> str:
@@ -139,14 +130,14 @@ def verify(
     def stored(block: Block) -> QTensor:
         name = block.linear.name
         places = job.format.slices(block.unit, job.architecture, name, block.first, block.rows)
-        raw = {part: reader.read(part, offset, nbytes) for part, offset, nbytes in places}
+        raw = {place.part: reader.read(place) for place in places}
         rows = target.unpack(block.unit, job.architecture, name, block.first, block.rows, raw)
         if content_digest(rows) != written.contents.get(block.key):
             raise AnyQuantError(f"verify: {name}, rows from {block.first}: codes or parameters differ from the planned")
         return rows
 
     try:
-        _check_digests(written, reader, _sizes(job, written))
+        _check_digests(written, reader)
         _check_carried(job, reader)
         errors = relative_errors(job, stored, statistics, threads, progress)
     finally:

@@ -10,7 +10,7 @@ from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.dtypes import Bytes, Float32
 from anyquant.core.errors import BadInputError, UnsupportedError
 from anyquant.core.linear import Linear, Role
-from anyquant.core.plan import Chunk, Layout, Part, Plan, TargetFile, Unit
+from anyquant.core.plan import Chunk, Layout, Part, Place, Plan, TargetFile, Unit
 from anyquant.core.qtensor import QTensor
 from anyquant.formats.certificate import BLANK, Certificate, stamp_gguf
 from anyquant.formats.decoded import DecodedArtifact
@@ -119,12 +119,10 @@ class GGUFFormat:
         raw = layout(rows.grid.name).pack(rows.codes, rows.params)
         if unit.permutation == PAIRED:
             raw = raw[paired_rows(len(raw), architecture.dimensions.head_dim)]
-        ((part, offset, _),) = self.slices(unit, architecture, linear, first_row, len(raw))
-        return [Chunk(part, offset, np.ascontiguousarray(raw))]
+        (place,) = self.slices(unit, architecture, linear, first_row, len(raw))
+        return [Chunk(place, np.ascontiguousarray(raw))]
 
-    def slices(
-        self, unit: Unit, architecture: Architecture, linear: str, first_row: int, rows: int
-    ) -> list[tuple[str, int, int]]:
+    def slices(self, unit: Unit, architecture: Architecture, linear: str, first_row: int, rows: int) -> list[Place]:
         """One slice: rows of a Linear are neighbours in its tensor."""
         before = 0
         for name in unit.linears:
@@ -132,7 +130,7 @@ class GGUFFormat:
                 break
             before += architecture.by_name[name].view.rows
         row_bytes = layout(unit.grid).row_bytes(architecture.by_name[linear].view.columns)
-        return [(unit.parts[0], (before + first_row) * row_bytes, rows * row_bytes)]
+        return [Place(unit.parts[0], (before + first_row) * row_bytes, rows * row_bytes)]
 
     def unpack(
         self, unit: Unit, architecture: Architecture, linear: str, first_row: int, rows: int, parts: Mapping[str, Bytes]
@@ -151,7 +149,8 @@ class GGUFFormat:
         """Float32, biases of permuted rows permuted alike."""
         if unit.permutation == PAIRED:
             values = values[paired_rows(len(values), architecture.dimensions.head_dim)]
-        return [Chunk(unit.parts[0], 0, np.ascontiguousarray(values, dtype="<f4").view(np.uint8))]
+        place = Place(unit.parts[0], 0, 4 * len(values))
+        return [Chunk(place, np.ascontiguousarray(values, dtype="<f4").view(np.uint8))]
 
     def parts(self, folder: Path) -> Mapping[str, Part]:
         """Tensors of the file but those that follow from the config, which belong to the prefix."""
@@ -167,15 +166,15 @@ class GGUFFormat:
         file = GGUFFile(artifact / ARTIFACT if artifact.is_dir() else artifact)
         units = tuple(_found(target, architecture, file) for target in targets(architecture))
 
-        def read(part: str, offset: int, nbytes: int) -> Bytes:
-            spec = file.spec(part)
+        def read(place: Place) -> Bytes:
+            spec = file.spec(place.part)
             row_bytes = spec.nbytes // spec.rows
-            buffer = np.empty(nbytes, dtype=np.uint8)
-            file.read_into(part, offset // row_bytes, (offset + nbytes) // row_bytes, buffer)
+            buffer = np.empty(place.nbytes, dtype=np.uint8)
+            file.read_into(place.part, place.offset // row_bytes, (place.offset + place.nbytes) // row_bytes, buffer)
             return buffer
 
         def carried(unit: Unit) -> Float32:
-            stored = read(unit.parts[0], 0, file.spec(unit.parts[0]).nbytes).view("<f4")
+            stored = read(Place(unit.parts[0], 0, file.spec(unit.parts[0]).nbytes)).view("<f4")
             if unit.permutation != PAIRED:
                 return stored
             values = np.empty_like(stored)

@@ -1,0 +1,272 @@
+"""A Format over any Scheme: config.json, safetensors in shards and the tokenizer's files in one folder."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from anyquant.core.checkpoint import Checkpoint
+from anyquant.core.dtypes import DTYPES, Bytes, Float32, from_float32
+from anyquant.core.errors import BadInputError, UnsupportedError, UsageError
+from anyquant.core.linear import Carried, Linear, Role
+from anyquant.core.plan import Chunk, Layout, Part, Place, Plan, TargetFile, Unit
+from anyquant.core.qtensor import QTensor
+from anyquant.core.registry import suggest
+from anyquant.formats.base import COMPANIONS
+from anyquant.formats.certificate import Certificate
+from anyquant.formats.folder.config import CONFIG, model_config, stamp_config
+from anyquant.formats.folder.modules import FLOAT_GRIDS, FLOATS, FloatLayout, ModuleLayout, Stored
+from anyquant.formats.folder.reader import QuantizedFolder
+from anyquant.formats.folder.scheme import Module, Scheme
+from anyquant.formats.masks import refuse_corrections, without_masks
+from anyquant.models.architecture import Architecture
+from anyquant.runtimes.kv_cache import cannot_tell
+from anyquant.store.files import SourceFile
+from anyquant.store.safetensors import INDEX, SINGLE, SafetensorsCheckpoint, read_header
+from anyquant.store.safetensors_layout import write_safetensors_header
+
+SHARD_BYTES = 5_000_000_000  # as transformers divides a model
+# what engines load as one matrix (vLLM: packed_modules_mapping), however it is stored
+FUSED = {
+    Role.ATTN_Q: "attn_qkv",
+    Role.ATTN_K: "attn_qkv",
+    Role.ATTN_V: "attn_qkv",
+    Role.FFN_GATE: "ffn_gate_up",
+    Role.FFN_UP: "ffn_gate_up",
+}
+
+
+@dataclass(frozen=True)
+class FolderFormat:
+    """A unit is one module: a fused module (Phi-3's qkv_proj) holds several Linears, in the order of its rows.
+
+    The grid of a carried unit is the float grid of its source type. `entry` is "": a runtime opens the folder.
+    """
+
+    scheme: Scheme
+    shard_bytes: int = SHARD_BYTES
+    default_carried: str = ""
+    entry: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.scheme.name
+
+    def part_names(self, architecture: Architecture) -> Mapping[str, str]:
+        """Linear name to the source tensor, whose name the module keeps."""
+        return {linear.name: linear.view.tensor for linear in architecture.linears}
+
+    def preset(self, preset: str, architecture: Architecture, importance: bool) -> Mapping[str, tuple[str, str]]:
+        """The named schemes; the grid "" means as stored in the source."""
+        known = self.scheme.presets
+        name = next((one for one in known if one.upper() == preset.upper()), None)
+        if name is None:
+            raise UsageError(f"unknown preset {preset!r}; {suggest(preset.upper(), list(known))}")
+        grid = known[name]
+        kept = self.scheme.apart if self._layout(grid).quantized else ()
+        return {
+            linear.name: ("", f"{preset}: {linear.role.value} stays as stored")
+            if linear.role in kept
+            else (grid, f"{preset}: base grid")
+            for linear in architecture.linears
+        }
+
+    def default_grid(self, linear: Linear, architecture: Architecture, grid: str, source: str) -> tuple[str, str]:
+        """As stored: engines expect embedding, head and routers in the model's own type."""
+        return source, f"{linear.role.value}: stays as stored"
+
+    def fallback(self, grid: str, linear: Linear) -> str | None:
+        """None: which float type a module could stay in is for a rule to say."""
+        return None
+
+    def candidates(self, linear: Linear) -> tuple[str, ...]:
+        """Those of the scheme, for what it quantizes."""
+        return () if linear.role in self.scheme.apart else self.scheme.candidates
+
+    def ties(self, architecture: Architecture) -> Mapping[str, str]:
+        """Linears of one fused module, and those that engines fuse on loading: they refuse a half-quantized group."""
+        return {
+            linear.name: f"{linear.name.rpartition('.')[0]}.{FUSED[linear.role]}"
+            for linear in architecture.linears
+            if linear.role in FUSED
+        }
+
+    def refuses(self, architecture: Architecture, plan: Plan, checkpoint: Checkpoint) -> list[str]:
+        """See formats.base."""
+        if architecture.dimensions.experts:
+            return [f"mixture-of-experts models are planned but not written to {self.name} yet"]
+        if any(linear.view.transposed or not linear.view.tensor.endswith(".weight") for linear in architecture.linears):
+            return ["a matrix that is stored transposed or not as a module's weight is not written yet"]
+        reasons = []
+        for linear in architecture.linears:
+            decision = plan.decisions[linear.name]
+            try:
+                self._layout(decision.grid)
+            except UnsupportedError as error:
+                reasons.append(f"{linear.name}: {error}")
+            reasons += refuse_corrections(decision, self.name)
+        for path, linears in _modules(architecture).items():
+            if len({plan.decisions[linear.name].grid for linear in linears}) > 1:
+                reasons.append(f"{path} is one module and cannot lie on several grids")
+        for item in architecture.carried:
+            dtype = checkpoint.spec(item.tensor).dtype
+            if dtype not in FLOAT_GRIDS or plan.carried[item.name] not in ("", dtype):
+                reasons.append(f"{item.name}: norms and biases stay in the type of the source, F32, F16 or BF16")
+        if plan.kv_cache is not None:
+            reasons.append(cannot_tell(plan.kv_cache))
+        return reasons or self.scheme.refuses(architecture, plan, planned_modules(architecture, plan))
+
+    def layout(self, architecture: Architecture, plan: Plan, checkpoint: Checkpoint) -> Layout:
+        """Shards of tensors with the names of their modules, and small files that are prefixes without parts."""
+        units: list[Unit] = []
+        tensors: list[tuple[str, str, tuple[int, ...]]] = []
+        modules = planned_modules(architecture, plan)
+        for module in modules:
+            unit, stored = self._unit(module.path, module.linears, module.grid)
+            units.append(unit)
+            tensors += [(name, one.dtype, one.shape) for name, one in zip(unit.parts, stored, strict=True)]
+        for name, items in _carried(architecture).items():
+            dtype = checkpoint.spec(name).dtype
+            units += [Unit(item.name, (), (item.name,), FLOAT_GRIDS[dtype], (name,)) for item in items]
+            tensors.append((name, dtype, (sum(item.length for item in items),)))
+        weights = _weight_files(tensors, self.shard_bytes)
+        settings = self.scheme.config(architecture, plan, modules)
+        small = {CONFIG: model_config(checkpoint.config, plan.config_patch, settings)}
+        small |= self.scheme.files(architecture, plan, modules)
+        for name in COMPANIONS:
+            data = checkpoint.text_file(name)
+            if data is not None:
+                small.setdefault(name, data)
+        files = [TargetFile(name, data, (), len(data)) for name, data in small.items()]
+        return Layout((*weights, *files), tuple(units))
+
+    def stamp(self, file: TargetFile, certificate: Certificate) -> bytes | None:
+        """See formats.base: config.json has it."""
+        return stamp_config(file.prefix, certificate) if file.path == CONFIG else None
+
+    def pack(self, unit: Unit, architecture: Architecture, linear: str, first_row: int, rows: QTensor) -> list[Chunk]:
+        """See formats.base."""
+        rows = without_masks(rows, linear)
+        data = self._layout(unit.grid).pack(rows, self._shape(unit, architecture))
+        places = self.slices(unit, architecture, linear, first_row, rows.shape[0])
+        opens = first_row == 0 and linear == unit.linears[0]
+        return [Chunk(place, raw) for place, raw in zip(places, data, strict=True) if opens or not place.shared]
+
+    def slices(self, unit: Unit, architecture: Architecture, linear: str, first_row: int, rows: int) -> list[Place]:
+        """One place in each tensor of the module."""
+        before = sum(architecture.by_name[name].view.rows for name in unit.linears[: unit.linears.index(linear)])
+        stored = self._layout(unit.grid).tensors(*self._shape(unit, architecture))
+        return [one.place(part, before + first_row, rows) for one, part in zip(stored, unit.parts, strict=True)]
+
+    def unpack(
+        self, unit: Unit, architecture: Architecture, linear: str, first_row: int, rows: int, parts: Mapping[str, Bytes]
+    ) -> QTensor:
+        """See formats.base."""
+        return self._layout(unit.grid).unpack(
+            [parts[part] for part in unit.parts], rows, self._shape(unit, architecture)
+        )
+
+    def carry(self, unit: Unit, architecture: Architecture, values: Float32) -> list[Chunk]:
+        """In the type of the source, which holds the values exactly."""
+        dtype = FLOATS[unit.grid]
+        item, size = architecture.carried_by_name[unit.carried[0]], DTYPES[dtype].size
+        return [Chunk(Place(unit.parts[0], item.start * size, item.length * size), from_float32(values, dtype))]
+
+    def parts(self, folder: Path) -> Mapping[str, Part]:
+        """All tensors of all shards."""
+        found: dict[str, Part] = {}
+        for file in SafetensorsCheckpoint(folder).files:
+            entries, _ = read_header(SourceFile.of(folder, file.name))
+            found |= {one.name: Part(one.name, one.dtype, one.shape, one.offset, one.nbytes) for one in entries}
+        return found
+
+    def open(self, artifact: Path, architecture: Architecture) -> Checkpoint:
+        """See formats.base; `artifact` is the folder."""
+        found = self.read(SafetensorsCheckpoint(artifact))
+        names = set(found.names())
+        for path, linears in _modules(architecture).items():
+            shape = (sum(linear.view.rows for linear in linears), linears[0].view.columns)
+            name = f"{path}.weight"
+            if name not in names or found.spec(name).shape != shape:
+                raise BadInputError(
+                    f"{found.location}: {name} of shape {list(shape)} is not there; was it made from another model?"
+                )
+        return found
+
+    def read(self, stored: Checkpoint) -> QuantizedFolder:
+        """A folder of this format as the model that it stands for."""
+        return QuantizedFolder(stored, self.scheme)
+
+    def _unit(self, path: str, linears: Sequence[Linear], grid: str) -> tuple[Unit, Sequence[Stored]]:
+        layout = self._layout(grid)
+        stored = layout.tensors(sum(linear.view.rows for linear in linears), linears[0].view.columns)
+        parts = tuple(f"{path}.{one.suffix}" for one in stored)
+        unit = Unit(path, tuple(linear.name for linear in linears), (), grid, parts, layout.row_multiple)
+        return unit, stored
+
+    def _shape(self, unit: Unit, architecture: Architecture) -> tuple[int, int]:
+        linears = [architecture.by_name[name] for name in unit.linears]
+        return sum(linear.view.rows for linear in linears), linears[0].view.columns
+
+    def _layout(self, grid: str) -> ModuleLayout:
+        return FloatLayout(FLOATS[grid]) if grid in FLOATS else self.scheme.layout(grid)
+
+
+def planned_modules(architecture: Architecture, plan: Plan) -> tuple[Module, ...]:
+    """The modules of a plan, each on the grid of its first Linear."""
+    return tuple(
+        Module(
+            path,
+            tuple(linears),
+            (sum(linear.view.rows for linear in linears), linears[0].view.columns),
+            plan.decisions[linears[0].name].grid,
+        )
+        for path, linears in _modules(architecture).items()
+    )
+
+
+def _modules(architecture: Architecture) -> dict[str, list[Linear]]:
+    """Module (the source tensor without ".weight") to its Linears in the order of their rows."""
+    found: dict[str, list[Linear]] = {}
+    for linear in architecture.linears:
+        found.setdefault(linear.view.tensor.removesuffix(".weight"), []).append(linear)
+    return {module: sorted(linears, key=lambda linear: linear.view.start) for module, linears in found.items()}
+
+
+def _carried(architecture: Architecture) -> dict[str, list[Carried]]:
+    """Source tensor to the carried pieces of it."""
+    found: dict[str, list[Carried]] = {}
+    for item in architecture.carried:
+        found.setdefault(item.tensor, []).append(item)
+    return found
+
+
+def _weight_files(tensors: list[tuple[str, str, tuple[int, ...]]], most: int) -> list[TargetFile]:
+    """One file, or shards of at most `most` bytes of tensors (a larger tensor has its own) with their index."""
+    shards: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        size = math.prod(tensor[2]) * DTYPES[tensor[1]].size
+        if shards[-1] and filled + size > most:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += size
+    if len(shards) == 1:
+        return [_weights_file(SINGLE, tensors)]
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    files = [_weights_file(name, shard) for name, shard in zip(names, shards, strict=True)]
+    total = sum(part.nbytes for file in files for part in file.parts)
+    weight_map = {part.name: file.path for file in files for part in file.parts}
+    index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True)
+    return [*files, TargetFile(INDEX, index.encode() + b"\n", (), len(index.encode()) + 1)]
+
+
+def _weights_file(name: str, tensors: list[tuple[str, str, tuple[int, ...]]]) -> TargetFile:
+    prefix, offsets = write_safetensors_header(tensors, {"format": "pt"})
+    parts = tuple(
+        Part(tensor, dtype, shape, offset, math.prod(shape) * DTYPES[dtype].size)
+        for (tensor, dtype, shape), offset in zip(tensors, offsets, strict=True)
+    )
+    return TargetFile(name, prefix, parts, len(prefix) + sum(part.nbytes for part in parts))

@@ -1,0 +1,148 @@
+"""A quantized folder as a Checkpoint: the tensor names of the model it was made from, values decoded when read."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from anyquant.core.checkpoint import Checkpoint, TensorSpec
+from anyquant.core.dtypes import Bytes
+from anyquant.core.errors import AnyQuantError, BadInputError
+from anyquant.core.plan import Place
+from anyquant.core.qtensor import QTensor
+from anyquant.formats.folder.config import CONFIG, without_settings
+from anyquant.formats.folder.modules import ModuleLayout, Stored
+from anyquant.formats.folder.scheme import Scheme
+
+BLOCK_WEIGHTS = 1 << 22  # decoded at a time
+
+
+@dataclass(frozen=True)
+class StoredModule:
+    """A quantized module of the folder: its layout, its shape (out, in) and its tensors."""
+
+    path: str
+    layout: ModuleLayout
+    shape: tuple[int, int]
+    tensors: tuple[Stored, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedFolder:
+    """`stored` is the folder as it is on disk. Weights of quantized modules are float32, all else as stored."""
+
+    stored: Checkpoint
+    scheme: Scheme
+
+    @property
+    def location(self) -> str:
+        return self.stored.location
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        return without_settings(self.stored.config)
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return self.stored.metadata
+
+    @cached_property
+    def modules(self) -> Mapping[str, StoredModule]:
+        """By the name of the weight they stand for. Raises BadInputError for tensors that are missing or misshapen."""
+        found = {}
+        for path, (grid, shape) in self.scheme.find(self.stored).items():
+            layout = self.scheme.layout(grid)
+            tensors = tuple(layout.tensors(*shape))
+            for one in tensors:
+                self._expect(path, one)
+            found[f"{path}.weight"] = StoredModule(path, layout, shape, tensors)
+        return found
+
+    def _expect(self, path: str, wanted: Stored) -> None:
+        name = f"{path}.{wanted.suffix}"
+        if name not in self._names:
+            raise BadInputError(f"{self.location}: {path} has no {wanted.suffix}, which its settings call for")
+        spec = self.stored.spec(name)
+        if (spec.dtype, spec.shape) != (wanted.dtype, wanted.shape):
+            raise BadInputError(
+                f"{self.location}: {name} is {spec.dtype} {list(spec.shape)}, its settings call for {wanted.dtype} "
+                f"{list(wanted.shape)}"
+            )
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(self.stored.names())
+
+    @cached_property
+    def _owned(self) -> frozenset[str]:
+        """Stored tensors that belong to quantized modules."""
+        return frozenset(f"{module.path}.{one.suffix}" for module in self.modules.values() for one in module.tensors)
+
+    def names(self) -> Sequence[str]:
+        return [*self.modules, *(name for name in self.stored.names() if name not in self._owned)]
+
+    def spec(self, name: str) -> TensorSpec:
+        module = self.modules.get(name)
+        if module is None:
+            return self.stored.spec(name)
+        return TensorSpec(name, "F32", module.shape, 4 * module.shape[0] * module.shape[1])
+
+    def text_file(self, name: str) -> bytes | None:
+        """The folder's own, config.json as it was before anything was quantized."""
+        if name == CONFIG:
+            return json.dumps(self.config, indent=2, ensure_ascii=False).encode()
+        return self.stored.text_file(name)
+
+    def grid_of(self, name: str) -> str | None:
+        """The grid on which a tensor lies; None for one that is stored in float."""
+        module = self.modules.get(name)
+        return None if module is None else module.layout.grid
+
+    def rows(self, name: str, start: int, stop: int) -> QTensor:
+        """Codes and parameters of rows [start, stop) of a quantized weight; `start` at a multiple of what is packed
+        together."""
+        module = self.modules[name]
+        raw = [
+            self._read(module, one, one.place(f"{module.path}.{one.suffix}", start, stop - start))
+            for one in module.tensors
+        ]
+        return module.layout.unpack(raw, stop - start, module.shape)
+
+    def _read(self, module: StoredModule, one: Stored, place: Place) -> Bytes:
+        spec = self.stored.spec(place.part)
+        line = spec.nbytes // max(spec.rows, 1)
+        if place.runs == 1:
+            low, high = place.offset // max(line, 1), -(-(place.offset + place.nbytes) // max(line, 1))
+            buffer = np.empty((high - low) * line, dtype=np.uint8)
+            self.stored.read_into(place.part, low, high, buffer)
+            return buffer[place.offset - low * line :][: place.nbytes]
+        # whole lines, piece by piece: a read for each run would be a call for every few bytes
+        found = np.empty((place.runs, place.nbytes), dtype=np.uint8)
+        step = max(1, BLOCK_WEIGHTS // max(line, 1))
+        for low in range(0, place.runs, step):
+            high = min(low + step, place.runs)
+            buffer = np.empty((high - low) * line, dtype=np.uint8)
+            self.stored.read_into(place.part, low, high, buffer)
+            found[low:high] = buffer.reshape(high - low, line)[:, place.offset : place.offset + place.nbytes]
+        return found.reshape(-1)
+
+    def read_into(self, name: str, start: int, stop: int, buffer: Bytes) -> None:
+        """See core.checkpoint.Checkpoint."""
+        module = self.modules.get(name)
+        if module is None:
+            self.stored.read_into(name, start, stop, buffer)
+            return
+        rows, columns = module.shape
+        if not 0 <= start <= stop <= rows or buffer.nbytes != (stop - start) * columns * 4:
+            raise AnyQuantError(f"{name}: rows [{start}, {stop}) do not fit the tensor or the buffer")
+        values = buffer.reshape(-1).view(np.float32).reshape(stop - start, columns)
+        multiple = module.layout.row_multiple
+        step = max(BLOCK_WEIGHTS // columns // multiple, 1) * multiple
+        for begin in range(start // multiple * multiple, stop, step):
+            end = min(begin + step, rows)
+            decoded = self.rows(name, begin, end).decode()
+            low, high = max(begin, start), min(end, stop)
+            values[low - start : high - start] = decoded[low - begin : high - begin]
