@@ -3,10 +3,13 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
+
 from anyquant.core.checkpoint import Checkpoint, read_tensor, read_view
 from anyquant.core.dtypes import Float32
+from anyquant.core.grid import Params
 from anyquant.core.linear import Carried, Linear
-from anyquant.core.plan import Chunk, Decision, Layout, Plan
+from anyquant.core.plan import EMPTY, Chunk, Decision, Layout, Plan, Unit
 from anyquant.core.qtensor import QTensor
 from anyquant.formats import FORMATS
 from anyquant.formats.base import Format
@@ -38,13 +41,19 @@ def write(
     architecture: Architecture,
     folder: Path,
     chosen: str | Mapping[str, str],
-    target: str = "gguf",
+    target: str | Format = "gguf",
     change: Change | None = None,
+    plan: Plan | None = None,
+    maxima: Mapping[str, float] = EMPTY,
 ) -> Layout:
-    """Write an artifact into `folder`, with one grid for every Linear or one for each. Returns its layout."""
-    form = FORMATS.get(target)
+    """Write an artifact into `folder`, with one grid for every Linear or one for each, or a whole `plan`.
+
+    Returns its layout. `maxima`: what enters Linears at most, where inputs have a static scale.
+    """
+    form = FORMATS.get(target) if isinstance(target, str) else target
     grids = {linear.name: chosen for linear in architecture.linears} if isinstance(chosen, str) else chosen
-    plan = make_plan(form, architecture, grids, chosen if isinstance(chosen, str) else "mixed", form.default_carried)
+    label = chosen if isinstance(chosen, str) else "mixed"
+    plan = plan or make_plan(form, architecture, grids, label, form.default_carried)
     reasons = form.refuses(architecture, plan, checkpoint)
     if reasons:
         raise ValueError("; ".join(reasons))
@@ -54,7 +63,8 @@ def write(
         with (folder / file.path).open("wb") as stream:
             stream.write(file.prefix)
             stream.truncate(file.nbytes)
-    for chunk in _chunks(form, layout, checkpoint, architecture, change):
+    inputs = [chunk for unit in layout.units for chunk in form.inputs(unit, architecture, plan, maxima)]
+    for chunk in [*_chunks(form, layout, checkpoint, architecture, change), *inputs]:
         place, data = chunk.place, memoryview(chunk.data).cast("B")
         file, part = layout.locate()[place.part]
         with (folder / file.path).open("r+b") as stream:
@@ -62,6 +72,16 @@ def write(
                 stream.seek(part.offset + place.offset + run * place.pitch)
                 stream.write(data[run * place.nbytes : (run + 1) * place.nbytes])
     return layout
+
+
+def _shared(unit: Unit, linear: Linear, checkpoint: Checkpoint, architecture: Architecture) -> Params | None:
+    """Tensor-wide parameters of a unit, from all of its matrices and those that engines fuse with them."""
+    grid = find_grid(unit.grid)
+    if not grid.tensor_wide:
+        return None
+    alike = [other for other in architecture.linears if other.input_group == linear.input_group]
+    largest = [float(np.abs(read_view(checkpoint, one.view, 0, one.view.rows)).max()) for one in alike]
+    return grid.prepare(max(largest))
 
 
 def _chunks(
@@ -83,7 +103,7 @@ def _chunks(
                 weights = read_view(checkpoint, linear.view, first, last)
                 weights = change(linear, weights) if change else weights
                 grid = find_grid(unit.grid)
-                params, codes = grid.quantize(weights)
+                params, codes = grid.quantize(weights, None, _shared(unit, linear, checkpoint, architecture))
                 rows = QTensor(grid, (last - first, linear.view.columns), codes, params)
                 chunks += form.pack(unit, architecture, name, first, rows)
     return chunks

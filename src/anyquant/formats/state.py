@@ -38,6 +38,9 @@ class StateRules:
         """Raises UsageError: mixtures belong to a target."""
         raise UsageError(f"--preset {preset} is a mixture of a target; name it with --for, or give --grid")
 
+    def activations(self, preset: str) -> str | None:
+        return None
+
     def default_grid(self, linear: Linear, architecture: Architecture, grid: str, source: str) -> tuple[str, str]:
         return source, "outside the blocks: kept as stored"
 

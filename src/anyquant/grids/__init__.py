@@ -45,8 +45,8 @@ FAMILIES = (
     ),
     Family(
         "anyquant.grids.fp8",
-        r"fp8_(e4m3|e5m2)-(tensor|channel|block)",
-        tuple(f"fp8_{kind}-{reach}" for kind in ("e4m3", "e5m2") for reach in ("tensor", "channel", "block")),
+        r"fp8_(e4m3|e5m2)-(tensor|channel|block|g128)",
+        tuple(f"fp8_{kind}-{reach}" for kind in ("e4m3", "e5m2") for reach in ("tensor", "channel", "block", "g128")),
     ),
     Family(
         "anyquant.grids.microscaling",

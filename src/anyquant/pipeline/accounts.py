@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from anyquant.core.errors import AnyQuantError
 from anyquant.core.ledger import Ledger, Line
 from anyquant.core.linear import Linear
+from anyquant.core.plan import Place
 from anyquant.pipeline.planner import Job
 
 
@@ -31,6 +32,7 @@ def make_ledger(job: Job, errors: Mapping[str, float] | None = None) -> Ledger:
                 for place in job.format.slices(unit, architecture, name, 0, linear.view.rows)
                 if not place.shared or name == unit.linears[0]
             ]
+            owned += [Place(part, 0, parts[part].nbytes) for part in unit.inputs if name == unit.linears[0]]
             for place in owned:
                 claimed[place.part] += place.total
             lines.append(

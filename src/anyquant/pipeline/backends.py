@@ -1,6 +1,6 @@
 """How a job is written, verified, measured and proved: through a format and its runtime, or as the neutral state."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -9,12 +9,13 @@ from anyquant.core.errors import AnyQuantError, UsageError
 from anyquant.core.progress import Progress, Silent
 from anyquant.evaluation.measures import Measures
 from anyquant.evaluation.speed import measure_speed
+from anyquant.pipeline.activations import rounded_inputs
 from anyquant.pipeline.measure import ReferenceLogits, answers, check_conversion, compare
 from anyquant.pipeline.planner import Job, writable
 from anyquant.pipeline.quantized import Quantized
 from anyquant.pipeline.report import Conversion
 from anyquant.pipeline.run import Written, execute
-from anyquant.pipeline.state import copy_state, decoder, rounded_inputs, verify_state, write_state
+from anyquant.pipeline.state import activation_maxima, copy_state, decoder, verify_state, write_state
 from anyquant.pipeline.targets import Target
 from anyquant.pipeline.twin import MOST_WEIGHTS, twin_conversion
 from anyquant.pipeline.verify import Verified, verify
@@ -70,11 +71,13 @@ class RuntimeBackend:
         self.runtime = RUNTIMES.get(target.runtime)
         self.threads, self.progress, self.clock = threads, progress, clock
         self._written: Written | None = None
+        self._maxima: Mapping[str, float] = {}
 
     def write(self, quantized: Quantized, stage: Stage) -> None:
         for file in quantized.job.layout.files:
             stage.discard(file.path)
-        self._written = execute(quantized.job, quantized.rows, stage, self.threads, self.progress)
+        self._maxima = quantized.maxima
+        self._written = execute(quantized.job, quantized.rows, stage, self.threads, self.progress, quantized.maxima)
 
     def verify(self, quantized: Quantized, stage: Stage) -> Verified:
         if self._written is None:
@@ -95,9 +98,10 @@ class RuntimeBackend:
         """With an exact key-value cache."""
         decoded = writable(job).open(stage.folder, job.architecture)
         with self.runtime.load(stage.folder / job.format.entry, _longest(documents), self.threads) as session:
-            direct = check_conversion(session, decoded, job.architecture, job.checkpoint, documents, encode)
+            rounding = rounded_inputs(job.architecture, job.plan, self._maxima)
+            direct = check_conversion(session, decoded, job.architecture, job.checkpoint, documents, encode, rounding)
             speed = measure_speed(session, documents[0].tokens[:SPEED_PROMPT], 16, 3, self.clock)
-        exact = all(self.target.exact(decision.grid) for decision in job.plan.decisions.values())
+        exact = not rounding and all(self.target.exact(decision.grid) for decision in job.plan.decisions.values())
         found = self._judged(direct, EXACT_LIMIT if exact else ROUNDED_LIMIT)
         if not exact and job.weights <= MOST_WEIGHTS:
             twin = twin_conversion(job, decoded, self.runtime, stage, documents, encode)
@@ -137,7 +141,7 @@ class StateBackend:
     def measure(self, job: Job, stage: Stage, reference: ReferenceLogits, label: str) -> Measures:
         weights = DecodedCheckpoint(job.checkpoint, job.architecture, decoder(stage.folder))
         ids = [document.tokens for document in reference.documents]
-        rounding = rounded_inputs(job.architecture, job.plan, stage.folder)
+        rounding = rounded_inputs(job.architecture, job.plan, activation_maxima(stage.folder))
         candidates = TransformersRuntime(weights, job.architecture, rounding=rounding).logits(ids, self.progress)
         return compare(candidates, reference, Silent(), label)
 

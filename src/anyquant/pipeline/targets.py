@@ -2,6 +2,7 @@
 
 import tomllib
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cache
 from importlib.resources import files
 from importlib.util import find_spec
@@ -18,7 +19,8 @@ class Target:
     """`runtime` is what proves the artifact here; `default_preset` what is made when nothing is asked for.
 
     `libraries` are those that the proof needs. `exact_grids`: grids on which the runtime computes exactly, without
-    rounding activations ("*": all). `serve`: how a server is started, with {artifact}, {context} and {cache}; or "".
+    rounding activations, or patterns of their names. `serve`: how a server is started, with
+    {artifact}, {context} and {cache}; or "".
     """
 
     name: str
@@ -33,7 +35,7 @@ class Target:
 
     def exact(self, grid: str) -> bool:
         """Whether the runtime's arithmetic on this grid is exact but for float rounding."""
-        return "*" in self.exact_grids or grid in self.exact_grids
+        return any(fnmatchcase(grid, pattern) for pattern in self.exact_grids)
 
 
 @cache

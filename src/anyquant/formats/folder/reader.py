@@ -53,8 +53,8 @@ class QuantizedFolder:
     def modules(self) -> Mapping[str, StoredModule]:
         """By the name of the weight they stand for. Raises BadInputError for tensors that are missing or misshapen."""
         found = {}
-        for path, (grid, shape) in self.scheme.find(self.stored).items():
-            layout = self.scheme.layout(grid)
+        for path, (variant, shape) in self.scheme.find(self.stored).items():
+            layout = self.scheme.layout(variant)
             tensors = tuple(layout.tensors(*shape))
             for one in tensors:
                 self._expect(path, one)
@@ -79,7 +79,9 @@ class QuantizedFolder:
     @cached_property
     def _owned(self) -> frozenset[str]:
         """Stored tensors that belong to quantized modules."""
-        return frozenset(f"{module.path}.{one.suffix}" for module in self.modules.values() for one in module.tensors)
+        modules, inputs = self.modules.values(), self.scheme.input_suffixes
+        own = {f"{module.path}.{one.suffix}" for module in modules for one in module.tensors}
+        return frozenset(own | {f"{module.path}.{suffix}" for module in modules for suffix in inputs})
 
     def names(self) -> Sequence[str]:
         return [*self.modules, *(name for name in self.stored.names() if name not in self._owned)]

@@ -107,6 +107,14 @@ class GGUFFormat:
         )
         return Layout((TargetFile(ARTIFACT, prefix, parts, size),), units)
 
+    def activations(self, preset: str) -> str | None:
+        """None: llama.cpp rounds them as its kernels do."""
+        return None
+
+    def inputs(self, unit: Unit, architecture: Architecture, plan: Plan, maxima: Mapping[str, float]) -> list[Chunk]:
+        """None: see `activations`."""
+        return []
+
     def stamp(self, file: TargetFile, certificate: Certificate) -> bytes | None:
         """See formats.base."""
         return stamp_gguf(file.prefix, certificate)
