@@ -13,7 +13,7 @@ from anyquant.core.errors import UnsupportedError, UsageError
 from anyquant.core.progress import Progress, Silent
 from anyquant.evaluation.limits import Contract, DropLimit, with_quality
 from anyquant.evaluation.measures import Measures
-from anyquant.formats import rules
+from anyquant.formats import as_model, rules
 from anyquant.grids import names as grid_names
 from anyquant.pipeline import artifacts
 from anyquant.pipeline.certificate import Reproduction
@@ -47,11 +47,11 @@ def model_path(model: str | Path) -> Path:
 
 
 def source_of(path: Path) -> Checkpoint:
-    """The checkpoint to quantize. Raises UnsupportedError for an artifact."""
+    """The checkpoint to quantize, decoded where it is quantized already. Raises UnsupportedError for a GGUF file."""
     checkpoint = open_checkpoint(path)
     if isinstance(checkpoint, GGUFFile):
         raise UnsupportedError(f"{path}: a GGUF file is no source yet; give the folder of the model it came from")
-    return checkpoint
+    return as_model(checkpoint)
 
 
 def _recipe(

@@ -41,12 +41,22 @@ TORCH = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BF16": torch.bfloat16,
+    "F16": torch.float16,
     "F32": torch.float32,
     "F8_E4M3": torch.float8_e4m3fn,
 }
 VARIANTS = (
     *(f"int{bits}-g64" for bits in range(2, 9)),
-    *("int4-g32-asym", "int2-g64-asym", "int8-g128-asym", "int4-channel", "int8-channel", "int3-channel"),
+    *(
+        "int4-g64-asym-f16",
+        "int8-channel-f16:plain",
+        "int4-g32-asym",
+        "int2-g64-asym",
+        "int8-g128-asym",
+        "int4-channel",
+        "int8-channel",
+        "int3-channel",
+    ),
     *("int8-channel:plain", "int8-tensor:plain", "int4-g128:plain"),
     *("fp8_e4m3-tensor", "fp8_e4m3-channel", "fp8_e4m3-block", "nvfp4", "mxfp4", "mxfp8_e4m3"),
 )
@@ -75,7 +85,8 @@ def test_the_library_decompresses_what_was_packed(variant: str) -> None:
         )
     else:
         # the scale's type is that of the result: bfloat16 scales are widened, which changes no value
-        wide = {name: value.float() if value.dtype == torch.bfloat16 else value for name, value in state.items()}
+        halves = (torch.bfloat16, torch.float16)
+        wide = {name: value.float() if value.dtype in halves else value for name, value in state.items()}
         exact = BaseCompressor.get_value_from_registry(kind.format).decompress(wide, scheme)["weight"]
         np.testing.assert_array_equal(exact.float().numpy(), rows.decode())
     back = kind.unpack([np.array(raw).reshape(-1) for raw in packed], shape[0], shape)

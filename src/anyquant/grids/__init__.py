@@ -35,12 +35,13 @@ FAMILIES = (
     ),
     Family(
         "anyquant.grids.integer",
-        r"int[2-8]-(g(16|32|64|128|256)|channel|tensor)(-asym)?",
+        r"int[2-8]-(g(16|32|64|128|256)|channel|tensor)(-asym)?(-f16)?",
         tuple(
-            f"int{bits}-{reach}{asymmetric}"
+            f"int{bits}-{reach}{asymmetric}{half}"
             for bits in range(2, 9)
             for reach in ("g16", "g32", "g64", "g128", "g256", "channel", "tensor")
             for asymmetric in ("", "-asym")
+            for half in ("", "-f16")
         ),
     ),
     Family(

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from anyquant.core.dtypes import Bytes, Float32, bfloat16_to_float32, float32_to_bfloat16
+from anyquant.core.dtypes import Bytes, Float32, from_float32, to_float32
 from anyquant.core.errors import BadInputError, UnsupportedError
 from anyquant.core.grid import Grid
 from anyquant.core.qtensor import QTensor
@@ -25,13 +25,13 @@ from anyquant.formats.folder.modules import FLOATS, Along, ModuleLayout, Stored
 from anyquant.formats.folder.packing import pack_bits, packed_words, to_words, unpack_bits
 from anyquant.grids import grid as find_grid
 
-INTEGER = re.compile(r"int([2-8])-(?:g(\d+)|(channel|tensor))(-asym)?")
+INTEGER = re.compile(r"int([2-8])-(?:g(\d+)|(channel|tensor))(-asym)?(-f16)?")
 FP8 = re.compile(r"fp8_e4m3-(tensor|channel|block)")
 PLAIN = ":plain"  # behind the name of an integer grid: one byte each
 TILE = 128  # rows and columns of a block of fp8_e4m3-block
 HOLDS = (
-    f"{', '.join(FLOATS)}, int2 to int8 (-gN, -channel, -asym), fp8_e4m3 (-tensor, -channel, -block), nvfp4, mxfp4, "
-    "mxfp8_e4m3"
+    f"{', '.join(FLOATS)}, int2 to int8 (-gN, -channel, -asym, -f16), fp8_e4m3 (-tensor, -channel, -block), "
+    "nvfp4, mxfp4, mxfp8_e4m3"
 )
 
 
@@ -50,20 +50,21 @@ class Layout(ModuleLayout, Protocol):
 class IntegerLayout:
     """Integers of `bits` in groups of `group` columns of a row (0: whole rows): weight = scale * (code - zero).
 
-    Codes lie biased by 2^(bits - 1), the first column lowest, rows filled up to whole words. Scales are bfloat16, which
-    the grid's stored scales fit exactly. Zero-points lie packed along the rows. A last tensor holds the shape.
+    Codes lie biased by 2^(bits - 1), the first column lowest, rows filled up to whole words. Scales are bfloat16, or
+    float16 if `half`, as the grid has them. Zero-points lie packed along the rows. A last tensor holds the shape.
     """
 
     bits: int
     group: int = 0
     asymmetric: bool = False
+    half: bool = False
     quantized: bool = True
     format: str = "pack-quantized"
 
     @property
     def grid(self) -> str:
         reach = f"g{self.group}" if self.group else "channel"
-        return f"int{self.bits}-{reach}{'-asym' if self.asymmetric else ''}"
+        return f"int{self.bits}-{reach}{'-asym' if self.asymmetric else ''}{'-f16' if self.half else ''}"
 
     @property
     def row_multiple(self) -> int:
@@ -74,7 +75,7 @@ class IntegerLayout:
         groups = columns // self.group if self.group else 1
         found = [
             Stored("weight_packed", "I32", (rows, packed_words(columns, self.bits))),
-            Stored("weight_scale", "BF16", (rows, groups)),
+            Stored("weight_scale", SCALES[self.half], (rows, groups)),
         ]
         if self.asymmetric:
             words = packed_words(rows, self.bits)
@@ -82,9 +83,8 @@ class IntegerLayout:
         return [*found, Stored("weight_shape", "I64", (2,), Along.ONCE)]
 
     def pack(self, rows: QTensor, shape: tuple[int, int]) -> Sequence[Bytes]:
-        """Raises UnsupportedError for scales that bfloat16 cannot hold: the grid would not mean what is stored."""
         words = to_words(pack_bits(self._biased(rows), self.bits), packed_words(shape[1], self.bits))
-        found = [words, exact_bfloat16(rows.params["scale"])]
+        found = [words, scale_bytes(rows.params["scale"], self.half)]
         if self.asymmetric:
             zero = np.ascontiguousarray(rows.params["zero"].T)
             packed = to_words(pack_bits(zero, self.bits), packed_words(zero.shape[1], self.bits))
@@ -95,7 +95,7 @@ class IntegerLayout:
         codes = unpack_bits(raw[0].reshape(rows, -1), self.bits, shape[1])
         if not self.asymmetric:
             codes = (codes.astype(np.int16) - (1 << (self.bits - 1))).astype(np.int8)
-        params = {"scale": bfloat16_to_float32(raw[1].view("<u2")).reshape(rows, -1)}
+        params = {"scale": to_float32(raw[1], SCALES[self.half]).reshape(rows, -1)}
         if self.asymmetric:
             groups = params["scale"].shape[1]
             words = np.ascontiguousarray(raw[2].view("<u4").reshape(-1, groups).T).view(np.uint8)
@@ -123,32 +123,34 @@ class IntegerLayout:
 
 @dataclass(frozen=True)
 class PlainIntegerLayout:
-    """Symmetric integers, a byte each, with a bfloat16 scale per group, per row (`reach` "channel") or per module."""
+    """Symmetric integers, a byte each, with a scale per group, per row (`reach` "channel") or per module: bfloat16, or
+    float16 if `half`."""
 
     bits: int
     reach: str
+    half: bool = False
     quantized: bool = True
     row_multiple: int = 1
     format: str = "int-quantized"
 
     @property
     def grid(self) -> str:
-        return f"int{self.bits}-{self.reach}"
+        return f"int{self.bits}-{self.reach}{'-f16' if self.half else ''}"
 
     def tensors(self, rows: int, columns: int) -> Sequence[Stored]:
         shape: tuple[int, ...] = (1,) if self.reach == "tensor" else (rows, 1)
         if self.reach.startswith("g"):
             shape = (rows, columns // int(self.reach[1:]))
         along = Along.ONCE if self.reach == "tensor" else Along.ROWS
-        return [Stored("weight", "I8", (rows, columns)), Stored("weight_scale", "BF16", shape, along)]
+        return [Stored("weight", "I8", (rows, columns)), Stored("weight_scale", SCALES[self.half], shape, along)]
 
     def pack(self, rows: QTensor, shape: tuple[int, int]) -> Sequence[Bytes]:
         refuse_reordered(rows)
         codes = np.ascontiguousarray(rows.codes, dtype=np.int8)
-        return [codes.view(np.uint8), exact_bfloat16(rows.params["scale"])]
+        return [codes.view(np.uint8), scale_bytes(rows.params["scale"], self.half)]
 
     def unpack(self, raw: Sequence[Bytes], rows: int, shape: tuple[int, int]) -> QTensor:
-        scale = bfloat16_to_float32(raw[1].view("<u2"))
+        scale = to_float32(raw[1], SCALES[self.half])
         scale = scale.reshape(1 if self.reach == "tensor" else rows, -1)
         codes = raw[0].view(np.int8).reshape(rows, shape[1])
         return QTensor(find_grid(self.grid), (rows, shape[1]), codes, {"scale": scale})
@@ -260,6 +262,8 @@ class SmallFloatLayout:
         }
 
 
+# the types of the scales of integers: as the grid has them, and with "-f16"
+SCALES = ("BF16", "F16")
 SMALL_FLOATS = {
     "nvfp4": "nvfp4-pack-quantized",
     "mxfp4": "mxfp4-pack-quantized",
@@ -277,12 +281,14 @@ def _expect_shape(raw: Bytes, shape: tuple[int, int]) -> None:
         raise BadInputError(f"a module's weight_shape says {stored}, its tensors hold {shape}")
 
 
-def exact_bfloat16(values: Float32) -> Bytes:
-    """The bytes of `values` as bfloat16. Raises UnsupportedError for what that cannot hold."""
-    stored = float32_to_bfloat16(np.ascontiguousarray(values, dtype=np.float32))
-    if not np.array_equal(bfloat16_to_float32(stored), values):
-        raise UnsupportedError("a scale of the grid is not a bfloat16 number; compressed-tensors cannot hold it")
-    return stored.astype("<u2").view(np.uint8)
+def scale_bytes(values: Float32, half: bool) -> Bytes:
+    """The bytes of scales. Raises UnsupportedError for what their type cannot hold: the grid would not mean what is
+    stored."""
+    stored = from_float32(values, SCALES[half]).reshape(len(values), -1)
+    if not np.array_equal(to_float32(stored, SCALES[half]), values.reshape(-1)):
+        kind = "float16" if half else "bfloat16"
+        raise UnsupportedError(f"a scale of the grid is not a {kind} number; compressed-tensors cannot hold it so")
+    return stored
 
 
 def refuse_reordered(rows: QTensor) -> None:
@@ -304,7 +310,7 @@ def layout(name: str) -> Layout:
     match = INTEGER.fullmatch(name.removesuffix(PLAIN))
     if match is None or (not plain and match[3] == "tensor"):
         raise UnsupportedError(f"compressed-tensors has no place for grid {name!r}; it holds {HOLDS}")
-    bits, group, asymmetric = int(match[1]), int(match[2] or 0), match[4] is not None
+    bits, group, asymmetric, half = int(match[1]), int(match[2] or 0), match[4] is not None, match[5] is not None
     if asymmetric and (plain or 32 % bits):
         what = "as bytes, for rounded activations" if plain else f"of {bits} bits"
         raise UnsupportedError(
@@ -312,5 +318,5 @@ def layout(name: str) -> Layout:
             "use a symmetric grid"
         )
     if plain:
-        return PlainIntegerLayout(bits, match[3] or f"g{group}")
-    return IntegerLayout(bits, group, asymmetric)
+        return PlainIntegerLayout(bits, match[3] or f"g{group}", half)
+    return IntegerLayout(bits, group, asymmetric, half)

@@ -13,7 +13,7 @@ import numpy as np
 
 from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.errors import BadInputError, UnsupportedError
-from anyquant.formats.compressed_tensors.layouts import INTEGER, PLAIN, SMALL_FLOATS, Layout, layout
+from anyquant.formats.compressed_tensors.layouts import INTEGER, PLAIN, SCALES, SMALL_FLOATS, Layout, layout
 
 CLASSES = ("Linear", "Embedding")
 SCALE, PACKED = ".weight_scale", ".weight_packed"
@@ -58,8 +58,10 @@ def find_modules(stored: Checkpoint) -> dict[str, tuple[str, tuple[int, int]]]:
             raise BadInputError(f"{where}: {path} is on the ignore list, yet it has a weight_scale")
         group = _one(groups, path, where)
         met.add(group.name)
-        kind = layout(group.variant)
-        found[path] = (group.variant, _shape(stored, path, kind))
+        variant = group.variant
+        if INTEGER.fullmatch(variant.removesuffix(PLAIN)) and stored.spec(path + SCALE).dtype == SCALES[True]:
+            variant = f"{variant.removesuffix(PLAIN)}-f16{PLAIN if variant.endswith(PLAIN) else ''}"
+        found[path] = (variant, _shape(stored, path, layout(variant)))
     for path in sorted(name.removesuffix(PACKED) for name in names if name.endswith(PACKED)):
         if path not in found:
             raise BadInputError(f"{where}: {path} has a weight_packed and no weight_scale")

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.dtypes import DTYPES, Bytes, Float32, from_float32
@@ -233,6 +234,10 @@ class FolderFormat:
                     f"{found.location}: {name} of shape {list(shape)} is not there; was it made from another model?"
                 )
         return found
+
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        """Whether config.json says that a folder is of this format."""
+        return self.scheme.claims(config)
 
     def read(self, stored: Checkpoint) -> QuantizedFolder:
         """A folder of this format as the model that it stands for."""

@@ -86,6 +86,11 @@ class Scheme(Protocol):
         """Tensors beside a module's own that say how its input is rounded, by the end of their names."""
         return ()
 
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        """Whether config.json says that a folder is of this format."""
+        settings = config.get("quantization_config")
+        return isinstance(settings, Mapping) and settings.get("quant_method") == self.name
+
     def variant(self, decision: Decision) -> str:
         """The name of the layout for a decision: the grid, where a grid is stored in one way only."""
         return decision.grid
