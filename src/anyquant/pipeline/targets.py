@@ -74,6 +74,16 @@ def target(name: str) -> Target:
     return known[name]
 
 
+def target_or_format(name: str) -> Target:
+    """The target called `name`, or the first one whose format is. Raises UsageError with the nearest names."""
+    known = targets()
+    by_format = {one.format: one for one in reversed(known.values())}
+    found = known.get(name) or by_format.get(name)
+    if found is None:
+        raise UsageError(f"unknown target or format {name!r}; {suggest(name, [*known, *by_format])}")
+    return found
+
+
 def neutral() -> Target:
     """No target: the neutral quantized state, which every format can be written from; nothing runs it as it is."""
     return Target(

@@ -85,6 +85,14 @@ class FolderFormat:
         """None: which float type a module could stay in is for a rule to say."""
         return None
 
+    def holds(self, grid: str) -> bool:
+        """Those of the scheme, and float types."""
+        try:
+            self._layout(grid)
+        except UnsupportedError:
+            return False
+        return True
+
     def candidates(self, linear: Linear) -> tuple[str, ...]:
         """Those of the scheme, for what it quantizes."""
         return () if linear.role in self.scheme.apart else self.scheme.candidates
