@@ -296,9 +296,8 @@ def test_convert(call: Call, model: Model, text: Path, tmp_path: Path) -> None:
     assert any("quantized matrices" in sentence and "exact" in sentence for sentence in report["sentences"])
     lines = {line["name"]: line for line in report["ledger"]["lines"]}
     assert lines["blocks.0.attn_q"]["reason"].endswith(": exact") and lines["blocks.0.attn_q"]["error"] == 0
-    again = call(
-        "convert", file / "model.gguf", "--like", source, "--to", "vllm", "-q", "-o", tmp_path / "x", "--text", text
-    )
+    back = ("--like", source, "--to", "vllm", "--text", text, *SHORT, "-o", tmp_path / "back")
+    again = call("convert", file / "model.gguf", *back)
     assert again.code == 0, again.err
     for arguments, code, said in (
         ((file / "model.gguf", "--to", "vllm"), 2, "--like"),

@@ -23,7 +23,7 @@ from anyquant.pipeline.recipe import LEAST_TOKENS
 @click.option("--head", metavar="GRID", help="Grid of the output head (default: as it is).")
 @click.option("--text", type=click.Path(), metavar="PATH", help=f"{TEXT_HELP}: to measure on (default: built-in text).")
 @click.option(
-    "--tokens", type=click.IntRange(LEAST_TOKENS), metavar="N", help="Tokens to read, of --text (default 65536)."
+    "--tokens", type=click.IntRange(LEAST_TOKENS), metavar="N", help="Tokens of --text to read (default 65536)."
 )
 @click.option("--context", type=click.IntRange(LEAST_CONTEXT), metavar="N", help="Tokens of a document (default 512).")
 @click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Cores to use (default: all).")
