@@ -3,10 +3,13 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
+
 from anyquant.core.checkpoint import Checkpoint, read_tensor, read_view
 from anyquant.core.dtypes import Float32
+from anyquant.core.grid import Grid, Params
 from anyquant.core.linear import Carried, Linear
-from anyquant.core.plan import Chunk, Decision, Layout, Plan
+from anyquant.core.plan import Chunk, Decision, Layout, Plan, Unit
 from anyquant.core.qtensor import QTensor
 from anyquant.formats import FORMATS
 from anyquant.formats.base import Format
@@ -83,7 +86,16 @@ def _chunks(
                 weights = read_view(checkpoint, linear.view, first, last)
                 weights = change(linear, weights) if change else weights
                 grid = find_grid(unit.grid)
-                params, codes = grid.quantize(weights)
+                params, codes = grid.quantize(weights, None, _shared(grid, unit, architecture, checkpoint))
                 rows = QTensor(grid, (last - first, linear.view.columns), codes, params)
                 chunks += form.pack(unit, architecture, name, first, rows)
     return chunks
+
+
+def _shared(grid: Grid, unit: Unit, architecture: Architecture, checkpoint: Checkpoint) -> Params | None:
+    """Tensor-wide parameters, one for all Linears of a unit."""
+    if not grid.tensor_wide:
+        return None
+    views = [architecture.by_name[name].view for name in unit.linears]
+    largest = [float(np.abs(read_view(checkpoint, view, 0, view.rows)).max()) for view in views]
+    return grid.prepare(max(largest))

@@ -17,11 +17,10 @@ from anyquant.core.plan import Plan
 from anyquant.formats.compressed_tensors.layouts import IntegerLayout, layout
 from anyquant.formats.folder.format import FolderFormat
 from anyquant.formats.folder.modules import FLOATS, ModuleLayout
-from anyquant.formats.folder.scheme import APART, Module
+from anyquant.formats.folder.scheme import APART, Found, Module, float_modules
 from anyquant.models.architecture import Architecture
 
 FORMAT_NAME = "pack-quantized"
-HEAD_MODULE = "lm_head"
 PACKED = ".weight_packed"
 
 
@@ -78,7 +77,7 @@ class CompressedTensors:
                         "format": FORMAT_NAME,
                     }
                 },
-                "ignore": _float_modules(architecture, modules),
+                "ignore": float_modules(architecture, modules),
                 "kv_cache_scheme": None,
                 "global_compression_ratio": None,
             }
@@ -87,22 +86,16 @@ class CompressedTensors:
     def files(self, architecture: Architecture, plan: Plan, modules: tuple[Module, ...]) -> Mapping[str, bytes]:
         return {}
 
-    def find(self, stored: Checkpoint) -> Mapping[str, tuple[str, tuple[int, int]]]:
+    def find(self, stored: Checkpoint) -> Mapping[str, Found]:
         integer = _read_layout(stored.config, stored.location)
         if integer is None:
             return {}
-        found = {}
+        found: dict[str, Found] = {}
         for name in stored.names():
             if name.endswith(PACKED):
                 spec = stored.spec(name)
                 found[name.removesuffix(PACKED)] = (integer.grid, (spec.rows, spec.row_length * 32 // integer.bits))
         return found
-
-
-def _float_modules(architecture: Architecture, modules: tuple[Module, ...]) -> list[str]:
-    """Linear modules that stay in float, in order, the head last; a tied head is a module of its own."""
-    names = [module.path for module in modules if module.grid in FLOATS and module.role is not Role.EMBEDDING]
-    return [*names, HEAD_MODULE] if architecture.tied else names
 
 
 def _read_layout(config: Mapping[str, Any], where: str) -> IntegerLayout | None:

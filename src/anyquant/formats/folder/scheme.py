@@ -7,10 +7,13 @@ from typing import Any, Protocol
 from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.linear import Linear, Role
 from anyquant.core.plan import Plan
-from anyquant.formats.folder.modules import ModuleLayout
+from anyquant.formats.folder.modules import FLOATS, ModuleLayout
 from anyquant.models.architecture import Architecture
 
 APART = (Role.EMBEDDING, Role.HEAD, Role.ROUTER)
+HEAD_MODULE = "lm_head"
+# how a module of a folder is stored: a grid in the way that the scheme writes it, or any layout; and (out, in)
+Found = tuple[str | ModuleLayout, tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,24 @@ class Scheme(Protocol):
         """Further small files, by name."""
         ...
 
-    def find(self, stored: Checkpoint) -> Mapping[str, tuple[str, tuple[int, int]]]:
+    def find(self, stored: Checkpoint) -> Mapping[str, Found]:
         """Path of every quantized module of a folder to its grid and shape (out, in), from its config and headers.
 
         Raises BadInputError for what contradicts itself, UnsupportedError for a way of storing that is not read.
         """
         ...
+
+
+def float_modules(architecture: Architecture, modules: tuple[Module, ...]) -> list[str]:
+    """Linear modules that stay in float, in order, the head last; a tied head is a module of its own."""
+    names = [module.path for module in modules if module.grid in FLOATS and module.role is not Role.EMBEDDING]
+    return [*names, HEAD_MODULE] if architecture.tied else names
+
+
+def refuse_apart(name: str, plan: Plan, modules: tuple[Module, ...]) -> list[str]:
+    """Reasons against quantized embeddings, heads and routers, which most engines load in float only."""
+    return [
+        f"{module.linears[0].name} on {module.grid}: engines load the {module.role.value} of {name} only in float"
+        for module in modules
+        if module.role in APART and module.grid not in FLOATS
+    ]
