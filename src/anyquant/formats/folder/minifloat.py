@@ -14,7 +14,7 @@ import numpy as np
 
 from anyquant.core.dtypes import Bytes, Float32
 from anyquant.core.errors import BadInputError, UnsupportedError
-from anyquant.core.grid import Parameter, Scope
+from anyquant.core.grid import Parameter, Params, Scope
 from anyquant.core.qtensor import QTensor
 from anyquant.formats.folder.modules import Along, Stored
 from anyquant.formats.folder.packing import pack_bits, unpack_bits
@@ -80,8 +80,8 @@ class ScaledLayout:
 
     def tensors(self, rows: int, columns: int) -> Sequence[Stored]:
         high, wide = self.parameter.shape((rows, columns))
-        along = Along.ONCE if self.parameter.scope is Scope.TENSOR else Along.ROWS
         scale = sized(self.scale_shape, high=high, wide=wide)
+        along = Along.ONCE if self.parameter.scope is Scope.TENSOR or not scale else Along.ROWS
         return [
             Stored("weight", self._weight_dtype(), (rows, columns * self.bits // 8)),
             Stored(self.scale, self.scale_dtype, scale, along, self.row_multiple),
@@ -149,7 +149,7 @@ class NvLayout:
         if not (np.isfinite(whole).all() and (whole > 0).all()):
             raise BadInputError(f"nvfp4: weight_scale_2 is {whole.item()!r}; expected a positive number")
         reciprocal: Float32 = np.reciprocal(whole)
-        params = {"scale": raw[1].reshape(rows, -1), "global_scale": reciprocal}
+        params: Params = {"scale": raw[1].reshape(rows, -1), "global_scale": reciprocal}
         return QTensor(find_grid("nvfp4"), (rows, shape[1]), codes, params)
 
 
