@@ -21,7 +21,7 @@ from anyquant.models.architecture import Architecture
 from anyquant.models.detect import detect
 from anyquant.pipeline import report as reporting
 from anyquant.pipeline.accounts import make_ledger
-from anyquant.pipeline.backends import Proof, backend_for
+from anyquant.pipeline.backends import Proof, backend_for, shown
 from anyquant.pipeline.certificate import certificate_of, seal
 from anyquant.pipeline.choose import Chooser
 from anyquant.pipeline.deployment import deployment_of
@@ -277,6 +277,7 @@ class Maker:
             limits=verdict.limits,
             loss=None if measures is None else loss_of(measures, "certify"),
             conversion=self.evidence.proof.conversion,
+            proof=shown(request.target, self.evidence.proof),
             speed=self.evidence.proof.speed,
             points=tuple(self.evidence.points),
             ledger=make_ledger(job, verified.errors),

@@ -18,6 +18,7 @@ from anyquant.core.qtensor import QTensor
 from anyquant.formats.state import CARRIED, carried_dtype
 from anyquant.grids import grid as find_grid
 from anyquant.models.architecture import Architecture
+from anyquant.pipeline.activations import planned_rounding
 from anyquant.pipeline.blocks import Block, blocks, read_block, read_carried
 from anyquant.pipeline.executors.threads import run_all
 from anyquant.pipeline.planner import Job
@@ -164,14 +165,9 @@ def verify_state(
 
 def rounded_inputs(architecture: Architecture, plan: Plan, folder: Path) -> list[RoundedInput]:
     """How the inputs of the Linears are rounded while the model runs."""
-    rounded = [(name, one.input_activation) for name, one in plan.decisions.items() if one.input_activation is not None]
-    if not rounded:
+    if all(one.input_activation is None for one in plan.decisions.values()):
         return []
-    maxima = StateReader(folder, find_grid).plan["activation_maxima"]
-    return [
-        RoundedInput(architecture.by_name[name].module, activation.grid, maxima.get(name))
-        for name, activation in rounded
-    ]
+    return planned_rounding(architecture, plan, StateReader(folder, find_grid).plan["activation_maxima"])
 
 
 def decoder(folder: Path) -> Callable[[str], Float32]:

@@ -19,10 +19,10 @@ from anyquant.grids.fp8 import BLOCK
 
 LEGACY = "hf_quant_config.json"
 MIXED = "MIXED_PRECISION"
-SCALE, SCALE_2 = "weight_scale", "weight_scale_2"
+SCALE, SCALE_2, INVERSE = "weight_scale", "weight_scale_2", "weight_scale_inv"
 # what activations and key-value caches are rounded with; no part of a weight
 BESIDE = ("input_scale", "k_scale", "v_scale")
-FP8 = {"FP8": "tensor", "FP8_PER_CHANNEL_PER_TOKEN": "channel", "FP8_PB_WO": "block", "FP8_PB_REAL": "block"}
+FP8 = {"FP8": "tensor", "FP8_PER_CHANNEL_PER_TOKEN": "channel", "FP8_PB_WO": "block", "FP8_BLOCK_SCALES": "block"}
 NVFP4 = ("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "W4A8_NVFP4_FP8")
 
 
@@ -47,7 +47,7 @@ def find(stored: Checkpoint) -> Mapping[str, Found]:
     found: dict[str, Found] = {}
     for name in stored.names():
         path, _, suffix = name.rpartition(".")
-        scaled = f"{path}.{SCALE}" in names
+        scaled = any(f"{path}.{one}" in names for one in (SCALE, INVERSE))
         if suffix != "weight" or not (scaled or stored.spec(name).dtype in ("U8", "I8", "F8_E4M3")):
             continue
         if not scaled:
@@ -94,7 +94,8 @@ def _stated(stored: Checkpoint) -> Stated | None:
 
 def _module(stored: Checkpoint, path: str, algorithm: str, names: frozenset[str]) -> Found:
     """The layout and shape of one module."""
-    weight, scale = stored.spec(f"{path}.weight"), stored.spec(f"{path}.{SCALE}")
+    weight = stored.spec(f"{path}.weight")
+    scale = stored.spec(f"{path}.{SCALE if f'{path}.{SCALE}' in names else INVERSE}")
     if len(weight.shape) != 2:
         raise UnsupportedError(f"{stored.location}: {path}.weight of {len(weight.shape)} axes is not read")
     beside = [stored.spec(f"{path}.{one}") for one in BESIDE if f"{path}.{one}" in names]
@@ -121,7 +122,9 @@ def _layout(
         blocks = (-(-rows // BLOCK), -(-columns // BLOCK))
         expected = {"tensor": (1, 1), "channel": (rows, 1), "block": blocks}[reach]
         if scale.elements == expected[0] * expected[1]:
-            return ScaledLayout(f"fp8_e4m3-{reach}", scale_shape=scale.shape, extras=extras), (rows, columns)
+            suffix = scale.name.rpartition(".")[2]
+            found = ScaledLayout(f"fp8_e4m3-{reach}", suffix, scale_shape=scale.shape, extras=extras)
+            return found, (rows, columns)
     elif algorithm in NVFP4:
         if second is None or not one_value(second.dtype, second.shape, second.nbytes):
             raise BadInputError(f"{stored.location}: {weight.name} has no {SCALE_2} of one value beside its {SCALE}")

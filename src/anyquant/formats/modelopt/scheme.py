@@ -23,7 +23,6 @@ from anyquant.models.architecture import Architecture
 
 # what engines look for to tell who laid out the folder, not who wrote it
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
-WEIGHTS_ONLY = {"W4A16_NVFP4", "W4A16_AWQ", "W8A16"}
 ALGORITHMS: Mapping[str, Mapping[str, Any]] = {
     "nvfp4": {"quant_algo": "W4A16_NVFP4", "group_size": 16},
     "fp8_e4m3-tensor": {"quant_algo": "FP8"},
@@ -57,7 +56,7 @@ class ModelOpt:
     """See folder.scheme.Scheme."""
 
     name: str = "modelopt"
-    candidates: tuple[str, ...] = ("nvfp4",)
+    candidates: tuple[str, ...] = ("int4-g128", "fp8_e4m3-channel")
     apart: tuple[Role, ...] = APART
     presets: Mapping[str, str] = field(
         default_factory=lambda: {
