@@ -18,9 +18,10 @@ from anyquant.core.errors import BadInputError, UnsupportedError
 from anyquant.core.plan import Activation
 from anyquant.core.qtensor import QTensor
 from anyquant.formats import FORMATS
+from anyquant.formats.folder.integers import Int8Layout
 from anyquant.formats.folder.minifloat import NvLayout
 from anyquant.formats.folder.reader import QuantizedFolder
-from anyquant.formats.modelopt.layouts import Int4Layout, Int8Layout, Smoothed
+from anyquant.formats.modelopt.layouts import Int4Layout, Smoothed
 from anyquant.formats.modelopt.scheme import ModelOpt
 from anyquant.grids import grid as find_grid
 from anyquant.store.open import open_checkpoint

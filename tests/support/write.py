@@ -1,6 +1,7 @@
 """The shortest way from a checkpoint to an artifact: what the pipeline does, without threads, stages and checks."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from anyquant.core.checkpoint import Checkpoint, read_tensor, read_view
 from anyquant.core.dtypes import Float32
 from anyquant.core.grid import Grid, Params
 from anyquant.core.linear import Carried, Linear
-from anyquant.core.plan import Chunk, Decision, Layout, Plan, Unit
+from anyquant.core.plan import Activation, Chunk, Decision, Layout, Plan, Unit
 from anyquant.core.qtensor import QTensor
 from anyquant.formats import FORMATS
 from anyquant.formats.base import Format
@@ -43,11 +44,18 @@ def write(
     chosen: str | Mapping[str, str],
     target: str = "gguf",
     change: Change | None = None,
+    inputs: Mapping[str, Activation | None] | None = None,
 ) -> Layout:
-    """Write an artifact into `folder`, with one grid for every Linear or one for each. Returns its layout."""
+    """Write an artifact into `folder`, with one grid for every Linear or one for each. Returns its layout.
+
+    `inputs` says by Linear how what enters it is rounded.
+    """
     form = FORMATS.get(target)
     grids = {linear.name: chosen for linear in architecture.linears} if isinstance(chosen, str) else chosen
     plan = make_plan(form, architecture, grids, chosen if isinstance(chosen, str) else "mixed", form.default_carried)
+    if inputs is not None:
+        decisions = {name: replace(one, input_activation=inputs.get(name)) for name, one in plan.decisions.items()}
+        plan = replace(plan, decisions=decisions)
     reasons = form.refuses(architecture, plan, checkpoint)
     if reasons:
         raise ValueError("; ".join(reasons))

@@ -1,6 +1,7 @@
 """Weights as small floats beside their scales: what fp8, ModelOpt and Quark folders have in common.
 
     8 bits    `weight` F8_E4M3 or F8_E5M2 (out, in), one byte a code
+    6 bits    `weight` U8 (out, in * 3 / 4), four codes in three bytes, the first one lowest
     4 bits    `weight` U8 (out, in / 2), the even column in the low half
 
 The scales are one tensor, that multiplies; NVFP4 has a second one for the whole matrix.
@@ -16,47 +17,22 @@ from anyquant.core.dtypes import Bytes, Float32
 from anyquant.core.errors import BadInputError, UnsupportedError
 from anyquant.core.grid import Parameter, Params, Scope
 from anyquant.core.qtensor import QTensor
+from anyquant.formats.folder.extra import Extra, Shape, sized
 from anyquant.formats.folder.modules import Along, Stored
 from anyquant.formats.folder.packing import pack_bits, unpack_bits
 from anyquant.grids import grid as find_grid
 
 STORED_KINDS = {"e4m3": "F8_E4M3", "e5m2": "F8_E5M2"}
-Shape = tuple[str | int, ...]  # "high" and "wide" are the sizes of the parameter's own array
 BIAS, NAN, LEAST, MOST = 127, 255, 2.0**-127, 2.0**127  # of E8M0
 
 
 @dataclass(frozen=True)
-class Extra:
-    """A tensor that belongs to a module without being part of its weight, such as the scale of its input.
-
-    What is read of it is nothing; what is written is `value` throughout. `shape` may name "rows" and "columns".
-    """
-
-    suffix: str
-    dtype: str
-    shape: Shape = ()
-    value: float | None = None
-
-    def stored(self, rows: int, columns: int) -> Stored:
-        return Stored(self.suffix, self.dtype, sized(self.shape, rows=rows, columns=columns), Along.ONCE)
-
-    def bytes(self, shape: tuple[int, int]) -> Bytes:
-        """Raises UnsupportedError for one whose values come from calibration."""
-        if self.value is None:
-            raise UnsupportedError(f"{self.suffix} comes from calibration and is not written yet")
-        stored = self.stored(*shape)
-        pattern = np.float32(self.value).view(np.uint32)
-        if self.dtype == "BF16":
-            return np.full(stored.nbytes // 2, pattern >> np.uint32(16), dtype="<u2").view(np.uint8)
-        return np.full(stored.nbytes // 4, pattern, dtype="<u4").view(np.uint8)
-
-
-@dataclass(frozen=True)
 class ScaledLayout:
-    """The grids "fp8_*", "mxfp4" and "mxfp8_*": codes and the parameter "scale".
+    """The grids "fp8_*", "mxfp4", "mxfp6_*" and "mxfp8_*": codes and the parameter "scale".
 
     `scale` names the tensor of scales, `scale_dtype` is F32 or, for powers of two, F8_E8M0 or U8 (biased exponents).
-    `scale_shape` is how the folder writes the shape of the parameter, whose order of values is the same in all.
+    `scale_shape` is how the folder writes the shape of the parameter, whose order of values is the same in all; it may
+    name "high" and "wide", the sizes of the parameter's own array.
     """
 
     grid: str
@@ -89,7 +65,7 @@ class ScaledLayout:
         ]
 
     def _weight_dtype(self) -> str:
-        return "U8" if self.bits == 4 else STORED_KINDS[self.grid.partition("_")[2].partition("-")[0]]
+        return "U8" if self.bits < 8 else STORED_KINDS[self.grid.partition("_")[2].partition("-")[0]]
 
     def pack(self, rows: QTensor, shape: tuple[int, int]) -> Sequence[Bytes]:
         refuse_reordered(rows)
@@ -151,11 +127,6 @@ class NvLayout:
         reciprocal: Float32 = np.reciprocal(whole)
         params: Params = {"scale": raw[1].reshape(rows, -1), "global_scale": reciprocal}
         return QTensor(find_grid("nvfp4"), (rows, shape[1]), codes, params)
-
-
-def sized(shape: Shape, **sizes: int) -> tuple[int, ...]:
-    """A shape with its names replaced."""
-    return tuple(sizes[one] if isinstance(one, str) else one for one in shape)
 
 
 def exponents_of(scale: Float32, name: str) -> Bytes:

@@ -15,8 +15,9 @@ from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.errors import BadInputError, UnsupportedError
 from anyquant.core.linear import Role
 from anyquant.core.plan import Plan
+from anyquant.formats.folder.extra import found_extras
 from anyquant.formats.folder.format import FolderFormat
-from anyquant.formats.folder.minifloat import Extra, ScaledLayout
+from anyquant.formats.folder.minifloat import ScaledLayout
 from anyquant.formats.folder.modules import FLOATS, ModuleLayout
 from anyquant.formats.folder.scheme import APART, Found, Module, float_modules, refuse_apart
 from anyquant.grids.fp8 import BLOCK
@@ -135,8 +136,7 @@ def _found(stored: Checkpoint, path: str, scale: str, names: frozenset[str]) -> 
             f"{stored.location}: {path}.{scale} is {scales.dtype} {list(scales.shape)}; for a weight of {rows} x "
             f"{columns} F32 of one scale per matrix, row or block of {BLOCK} x {BLOCK} is expected"
         )
-    specs = [stored.spec(f"{path}.{one}") for one in BESIDE if f"{path}.{one}" in names]
-    extras = tuple(Extra(spec.name.rpartition(".")[2], spec.dtype, spec.shape) for spec in specs)
+    extras = found_extras(stored, path, BESIDE, names)
     found = ScaledLayout(f"fp8_{kind}-{reach}", scale, scales.dtype, scales.shape, extras)
     return found, (rows, columns)
 

@@ -15,7 +15,9 @@ import numpy.typing as npt
 from anyquant.core.dtypes import DTYPES, Bytes, Float32, to_float32
 from anyquant.core.errors import BadInputError, UnsupportedError
 from anyquant.core.qtensor import QTensor
-from anyquant.formats.folder.minifloat import Extra, NvLayout, ScaledLayout, refuse_reordered
+from anyquant.formats.folder.extra import Extra
+from anyquant.formats.folder.integers import Int8Layout, finite_scales
+from anyquant.formats.folder.minifloat import NvLayout, ScaledLayout, refuse_reordered
 from anyquant.formats.folder.modules import FLOATS, Along, ModuleLayout, Stored
 from anyquant.grids import grid as find_grid
 
@@ -59,29 +61,7 @@ class Int4Layout:
         # an arithmetic shift brings the sign along
         codes[0::2] = (packed << np.uint8(4)).view(np.int8) >> 4
         codes[1::2] = packed.view(np.int8) >> 4
-        return QTensor(find_grid(self.grid), (rows, shape[1]), codes, {"scale": _scales(raw[1], rows)})
-
-
-@dataclass(frozen=True)
-class Int8Layout:
-    """8-bit integers with one scale per row: `weight` I8 (out, in), `weight_scale` F32 (out,)."""
-
-    extras: tuple[Extra, ...] = ()
-    grid: str = "int8-channel"
-    quantized: bool = True
-    row_multiple: int = 1
-
-    def tensors(self, rows: int, columns: int) -> Sequence[Stored]:
-        extras = [extra.stored(rows, columns) for extra in self.extras]
-        return [Stored("weight", "I8", (rows, columns)), Stored("weight_scale", "F32", (rows,)), *extras]
-
-    def pack(self, rows: QTensor, shape: tuple[int, int]) -> Sequence[Bytes]:
-        scale = np.ascontiguousarray(rows.params["scale"], dtype="<f4").view(np.uint8)
-        return [np.ascontiguousarray(rows.codes).view(np.uint8), scale, *(extra.bytes(shape) for extra in self.extras)]
-
-    def unpack(self, raw: Sequence[Bytes], rows: int, shape: tuple[int, int]) -> QTensor:
-        codes = raw[0].view(np.int8).reshape(rows, shape[1])
-        return QTensor(find_grid(self.grid), codes.shape, codes, {"scale": _scales(raw[1], rows)})
+        return QTensor(find_grid(self.grid), (rows, shape[1]), codes, {"scale": finite_scales(raw[1], rows)})
 
 
 @dataclass(frozen=True)
@@ -130,14 +110,6 @@ class Smoothed:
         if not np.isfinite(factors).all():
             raise BadInputError(f"{SMOOTHING} holds a value that is not finite")
         return found if np.all(factors == 1) else replace(found, corrections=(InputFactors(factors),))
-
-
-def _scales(raw: Bytes, rows: int) -> Float32:
-    """Scales (rows, groups). Raises BadInputError for one that is no number."""
-    scale: Float32 = raw.view("<f4").reshape(rows, -1)
-    if not np.isfinite(scale).all():
-        raise BadInputError("weight_scale holds a value that is not finite")
-    return scale
 
 
 WRITTEN: Mapping[str, ModuleLayout] = {

@@ -11,10 +11,12 @@ from typing import Any
 
 from anyquant.core.checkpoint import Checkpoint, TensorSpec
 from anyquant.core.errors import BadInputError, UnsupportedError
-from anyquant.formats.folder.minifloat import Extra, NvLayout, ScaledLayout
+from anyquant.formats.folder.extra import Extra, found_extras
+from anyquant.formats.folder.integers import Int8Layout
+from anyquant.formats.folder.minifloat import NvLayout, ScaledLayout
 from anyquant.formats.folder.modules import ModuleLayout
 from anyquant.formats.folder.scheme import Found
-from anyquant.formats.modelopt.layouts import SMOOTHING, Int4Layout, Int8Layout, Smoothed, one_value
+from anyquant.formats.modelopt.layouts import SMOOTHING, Int4Layout, Smoothed, one_value
 from anyquant.grids.fp8 import BLOCK
 
 LEGACY = "hf_quant_config.json"
@@ -98,8 +100,7 @@ def _module(stored: Checkpoint, path: str, algorithm: str, names: frozenset[str]
     scale = stored.spec(f"{path}.{SCALE if f'{path}.{SCALE}' in names else INVERSE}")
     if len(weight.shape) != 2:
         raise UnsupportedError(f"{stored.location}: {path}.weight of {len(weight.shape)} axes is not read")
-    beside = [stored.spec(f"{path}.{one}") for one in BESIDE if f"{path}.{one}" in names]
-    extras = tuple(Extra(spec.name.rpartition(".")[2], spec.dtype, spec.shape) for spec in beside)
+    extras = found_extras(stored, path, BESIDE, names)
     second = stored.spec(f"{path}.{SCALE_2}") if f"{path}.{SCALE_2}" in names else None
     layout, shape = _layout(stored, algorithm, weight, scale, second, extras)
     if f"{path}.{SMOOTHING}" in names:
@@ -134,7 +135,7 @@ def _layout(
     elif algorithm == "W4A8_MXFP4_FP8":
         return ScaledLayout("mxfp4", scale_dtype="U8", extras=extras), (rows, 2 * columns)
     elif algorithm in ("W8A16", "W8A8_SQ_PER_CHANNEL"):
-        return Int8Layout(extras), (rows, columns)
+        return Int8Layout(extras=extras), (rows, columns)
     elif algorithm == "W4A16_AWQ":
         groups = scale.row_length
         if scale.shape == (2 * rows, groups) and groups and columns % groups == 0:
