@@ -169,6 +169,13 @@ def test_a_mixture_names_what_is_not_usual(tmp_path: Path) -> None:
             },
             {},
         ),
+        (
+            "fp8",
+            BadInputError,
+            "several entries",
+            {"layer_quant_config": {"*down_proj": {}, "*mlp*": {"weight": {}}}},
+            {},
+        ),
         ("fp8", UnsupportedError, "is not Quark's", {"quant_method": "fp8"}, {}),
     ],
 )

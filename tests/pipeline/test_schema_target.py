@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from anyquant import api
 from anyquant.core.errors import UsageError
@@ -100,3 +101,6 @@ def test_fp8_is_proved_in_transformers(
     report = made(model("llama-bf16"), text, tmp_path / "out", "eight", preset=preset)
     assert report.conversion is not None and report.conversion.mean_kl < 1e-4
     assert report.proof.startswith("runtime-verified: transformers")
+    scales = load_file(tmp_path / "out" / "model.safetensors")
+    fused = {float(scales[f"model.layers.0.self_attn.{one}_proj.weight_scale_inv"].max()) for one in "qkv"}
+    assert (len(fused) == 1) == (preset == "FP8")  # engines multiply the three at once, with one scale

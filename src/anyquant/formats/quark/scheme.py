@@ -135,9 +135,10 @@ def _weight_settings(settings: Mapping[str, Any], path: str, where: str) -> Mapp
         raise BadInputError(f"{where}: {path} has a {SCALE}, but its settings exclude it")
     named = settings.get("layer_quant_config") or {}
     by_type = settings.get("layer_type_quant_config") or {}
-    layer = next((one for pattern, one in named.items() if _matches(pattern, path)), None)
-    if layer is None:
-        layer = by_type.get("Linear", settings.get("global_quant_config"))
+    layers = [one for pattern, one in named.items() if _matches(pattern, path)]
+    if any(layer != layers[0] for layer in layers):
+        raise BadInputError(f"{where}: {path} is matched by several entries of layer_quant_config, which differ")
+    layer = layers[0] if layers else by_type.get("Linear", settings.get("global_quant_config"))
     weight = layer.get("weight") if isinstance(layer, Mapping) else None
     if not isinstance(weight, Mapping):
         raise UnsupportedError(f"{where}: its settings do not describe the weight of {path} by one type")
