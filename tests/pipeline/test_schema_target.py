@@ -73,6 +73,8 @@ def test_rounded_inputs_count(model: Models, text: Path, tmp_path: Path) -> None
     rounded = made(source, text, tmp_path / "rounded", grid=grid, activations=grid)
     assert exact.mean_kl is not None and rounded.mean_kl is not None
     assert rounded.mean_kl > 1.2 * exact.mean_kl
+    assert any("rounds what enters matrices on fp8_e4m3-channel" in sentence for sentence in exact.sentences)
+    assert not any("rounds what enters" in sentence for sentence in rounded.sentences)
 
 
 def test_without_a_measurement_it_is_schema_verified_alike(model: Models, tmp_path: Path) -> None:

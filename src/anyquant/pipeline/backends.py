@@ -202,6 +202,21 @@ def backend_for(target: Target, threads: int, progress: Progress, clock: Callabl
     return RuntimeBackend(target, threads, progress, clock)
 
 
+def left_out(target: Target, job: Job) -> str:
+    """What an engine that does not run here does to the inputs of its matrices, where the plan does not; or ""."""
+    grids = {
+        one.grid
+        for one in job.plan.decisions.values()
+        if target.schema_only and one.input_activation is None and not target.exact(one.grid)
+    }
+    if not grids:
+        return ""
+    return (
+        f"{target.name} rounds what enters matrices on {', '.join(sorted(grids))}, which is not in the measured loss; "
+        "--activations simulates it where a grid describes it."
+    )
+
+
 def shown(target: Target, proof: Proof) -> str:
     """What was shown of the artifact beyond its loss, for the report."""
     if proof.conversion is not None:

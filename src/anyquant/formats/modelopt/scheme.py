@@ -56,7 +56,7 @@ class ModelOpt:
     """See folder.scheme.Scheme."""
 
     name: str = "modelopt"
-    candidates: tuple[str, ...] = ("int4-g128", "fp8_e4m3-channel")
+    candidates: tuple[str, ...] = ("int4-g128", "int8-channel")
     apart: tuple[Role, ...] = APART
     presets: Mapping[str, str] = field(
         default_factory=lambda: {
