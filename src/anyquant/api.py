@@ -147,7 +147,9 @@ def make(
     wish = _recipe(recipe, preset, grid, data_free, text)
     goal = _target(target, wish)
     choose = not _says_what(wish) and not limits.empty
-    if choose and not goal.runtime:
+    if limits.max_drop and goal.schema_only:
+        raise UsageError(f"--max-drop runs the artifact, and nothing here runs one for {goal.name}")
+    if choose and goal.neutral:
         raise UsageError("a quality needs a target to be measured in; name one with --for")
     if not choose:
         _refuse_idle(wish, budget, sensitivity)

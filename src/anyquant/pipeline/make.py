@@ -22,7 +22,7 @@ from anyquant.models.architecture import Architecture
 from anyquant.models.detect import detect
 from anyquant.pipeline import report as reporting
 from anyquant.pipeline.accounts import make_ledger
-from anyquant.pipeline.backends import Proof, backend_for
+from anyquant.pipeline.backends import Proof, backend_for, left_out, shown
 from anyquant.pipeline.certificate import certificate_of, seal
 from anyquant.pipeline.choose import Chooser
 from anyquant.pipeline.deployment import deployment_of
@@ -248,7 +248,7 @@ class Maker:
         runtime = TransformersRuntime(self.request.checkpoint, self.original)
         return ReferenceLogits(runtime, documents, stage.folder.parent, self.progress)
 
-    def _sentences(self, verdict: Verdict, kinds: Mapping[str, str]) -> tuple[str, ...]:
+    def _sentences(self, verdict: Verdict, quantized: Quantized) -> tuple[str, ...]:
         measured = self.evidence.measures is not None
         said = [*self.evidence.sentences] if measured else ["Nothing was measured."]
         if measured or not self.request.contract.empty:
@@ -256,10 +256,12 @@ class Maker:
         if verdict.status in (Status.FAIL, Status.INCONCLUSIVE):
             said.append("The contract is not shown to hold; the artifact is published with this verdict in its report.")
             said += [f"It is shown to keep {verdict.nearest}."] if verdict.nearest else []
-        said += _transcoded(kinds)
+        said += _transcoded(quantized.kinds)
         said += [f"Transforms: logits before and after agree to {proof:.1e} relative." for proof in self.proofs]
         if measured and self.request.target.runtime != self.request.target.name:
             said.append(f"{self.request.target.note[0].upper()}{self.request.target.note[1:]}.")
+        if measured and (further := left_out(self.request.target, quantized.job)):
+            said.append(further)
         return tuple(said)
 
     def _report(self, finished: Finished, verdict: Verdict, splits: Splits | None) -> Report:
@@ -278,11 +280,12 @@ class Maker:
             source_bytes=sum(checkpoint.spec(name).nbytes for name in checkpoint.names()),
             weights=job.weights,
             status=self._status(verdict),
-            sentences=self._sentences(verdict, finished.quantized.kinds),
+            sentences=self._sentences(verdict, finished.quantized),
             contract=request.contract.as_dict(),
             limits=verdict.limits,
             loss=None if measures is None else loss_of(measures, "certify"),
             conversion=self.evidence.proof.conversion,
+            proof=shown(request.target, self.evidence.proof),
             speed=self.evidence.proof.speed,
             points=tuple(self.evidence.points),
             ledger=make_ledger(job, verified.errors, finished.quantized.kinds),

@@ -123,8 +123,10 @@ class FolderFormat:
             reasons += refuse_corrections(decision, self.name)
         for path, linears in _modules(architecture).items():
             decisions = [plan.decisions[linear.name] for linear in linears]
-            if len({(decision.grid, decision.input_activation) for decision in decisions}) > 1:
+            if len({decision.grid for decision in decisions}) > 1:
                 reasons.append(f"{path} is one module and cannot lie on several grids")
+            elif len({decision.input_activation for decision in decisions}) > 1:
+                reasons.append(f"{path} is one module; its inputs are rounded or not")
             if reasons:
                 continue
             multiple = self._layout(self._variant(decisions[0])).row_multiple

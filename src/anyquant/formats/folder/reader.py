@@ -53,8 +53,8 @@ class QuantizedFolder:
     def modules(self) -> Mapping[str, StoredModule]:
         """By the name of the weight they stand for. Raises BadInputError for tensors that are missing or misshapen."""
         found = {}
-        for path, (variant, shape) in self.scheme.find(self.stored).items():
-            layout = self.scheme.layout(variant)
+        for path, (how, shape) in self.scheme.find(self.stored).items():
+            layout = self.scheme.layout(how) if isinstance(how, str) else how
             tensors = tuple(layout.tensors(*shape))
             for one in tensors:
                 self._expect(path, one)
