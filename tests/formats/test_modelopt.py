@@ -120,6 +120,38 @@ def test_our_folders_have_the_settings_and_tensors_of_modelopt(name: str, tmp_pa
         assert sizes[key] == [2 * size if axis in blocks else size for axis, size in enumerate(shape)], key
 
 
+@pytest.mark.parametrize(
+    ("name", "grid", "activation", "expected"),
+    [
+        ("fp8", "fp8_e4m3-tensor", Activation("fp8_e4m3-tensor", "static"), 6.0 / 448),
+        ("nvfp4", "nvfp4", Activation("nvfp4", "dynamic"), 2.0**-8),  # 4 * 448 / 6 lies between 2^8 and 2^9
+    ],
+)
+def test_inputs_with_a_static_scale(
+    name: str, grid: str, activation: Activation, expected: float, tmp_path: Path
+) -> None:
+    """Settings and tensors are those of a folder that ModelOpt wrote; the scale is that of the largest input, 6."""
+    checkpoint, architecture = open_model(make_checkpoint(tmp_path / "in", "llama", dtype="F32"))
+    blocks = [linear.name for linear in architecture.linears if linear.block is not None]
+    maxima = dict.fromkeys(blocks, 6.0) | {"blocks.0.attn_q": 1.0}  # what engines fuse shares the largest
+    inputs = dict.fromkeys(blocks, activation)
+    grids = chosen(architecture, grid, "f32")
+    write(checkpoint, architecture, tmp_path / "out", grids, "modelopt", inputs=inputs, maxima=maxima)
+    golden, tensors = facts(name), tensors_of(tmp_path / "out")
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+        == golden["quantization_config"]
+    )
+    assert json.loads((tmp_path / "out" / "hf_quant_config.json").read_text()) == golden["hf_quant_config"]
+    kinds = {key: str(one.dtype).removeprefix("torch.") for key, one in tensors.items() if key.startswith(MODULE)}
+    assert kinds == {key: kind for key, (kind, _) in golden["tensors"].items() if key.startswith(MODULE)}
+    scales = {key: one for key, one in tensors.items() if key.endswith("input_scale")}
+    assert len(scales) == len(blocks) and all(one.shape == () for one in scales.values())
+    assert all(float(one) == pytest.approx(expected, rel=1e-6) for one in scales.values())
+    bare = make_plan(FORM, architecture, grids, "x", "")
+    assert ("FP8 needs the scale" in " ".join(FORM.refuses(architecture, bare, checkpoint))) == (name == "fp8")
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
 @pytest.mark.parametrize("name", WRITTEN)
 def test_what_is_written_decodes_to_what_was_chosen(name: str, family: str, tmp_path: Path) -> None:
