@@ -155,4 +155,4 @@ def test_what_cannot_be_written_is_refused_before_any_work(tmp_path: Path) -> No
     assert "the head of fp8 only in float" in reasons({"head": BLOCKS})
     assert "one kind of scale" in reasons({"blocks.0.ffn_down": TENSOR})
     assert "'fp8_e4m3-channel'" in reasons({"blocks.0.ffn_down": "fp8_e4m3-channel"})
-    assert "engines round inputs" in reasons({}, dynamic=True)
+    assert "engines round the inputs" in reasons({}, dynamic=True)

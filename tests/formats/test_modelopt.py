@@ -83,7 +83,7 @@ def test_modelopt_files_decode_to_its_own_numbers_and_are_packed_to_the_same_byt
     np.testing.assert_allclose(read_tensor(opened, weight)[:4], expected * factors, rtol=5e-7, atol=1e-9)
     layout = opened.modules[weight].layout
     inner = layout.inner if isinstance(layout, Smoothed) else layout
-    whole = dataclasses.replace(opened.rows(weight, 0, 128), corrections=())
+    whole = dataclasses.replace(opened.quantized_rows(weight, 0, 128), corrections=())
     assert np.abs(whole.decode()).max() > 0
     kept = dataclasses.replace(inner, extras=())  # type: ignore[type-var]
     packed = kept.pack(whole, (128, 256))
@@ -118,6 +118,38 @@ def test_our_folders_have_the_settings_and_tensors_of_modelopt(name: str, tmp_pa
         # 128 x 256 there, 256 x 512 here: axes are twice as long, and of blocks of 128 rows there was one
         blocks = (0, 2) if name == "fp8-block" and key.endswith("scale") else range(len(shape))
         assert sizes[key] == [2 * size if axis in blocks else size for axis, size in enumerate(shape)], key
+
+
+@pytest.mark.parametrize(
+    ("name", "grid", "activation", "expected"),
+    [
+        ("fp8", "fp8_e4m3-tensor", Activation("fp8_e4m3-tensor", "static"), 6.0 / 448),
+        ("nvfp4", "nvfp4", Activation("nvfp4", "dynamic"), 2.0**-8),  # 4 * 448 / 6 lies between 2^8 and 2^9
+    ],
+)
+def test_inputs_with_a_static_scale(
+    name: str, grid: str, activation: Activation, expected: float, tmp_path: Path
+) -> None:
+    """Settings and tensors are those of a folder that ModelOpt wrote; the scale is that of the largest input, 6."""
+    checkpoint, architecture = open_model(make_checkpoint(tmp_path / "in", "llama", dtype="F32"))
+    blocks = [linear.name for linear in architecture.linears if linear.block is not None]
+    maxima = dict.fromkeys(blocks, 6.0) | {"blocks.0.attn_q": 1.0}  # what engines fuse shares the largest
+    inputs = dict.fromkeys(blocks, activation)
+    grids = chosen(architecture, grid, "f32")
+    write(checkpoint, architecture, tmp_path / "out", grids, "modelopt", inputs=inputs, maxima=maxima)
+    golden, tensors = facts(name), tensors_of(tmp_path / "out")
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+        == golden["quantization_config"]
+    )
+    assert json.loads((tmp_path / "out" / "hf_quant_config.json").read_text()) == golden["hf_quant_config"]
+    kinds = {key: str(one.dtype).removeprefix("torch.") for key, one in tensors.items() if key.startswith(MODULE)}
+    assert kinds == {key: kind for key, (kind, _) in golden["tensors"].items() if key.startswith(MODULE)}
+    scales = {key: one for key, one in tensors.items() if key.endswith("input_scale")}
+    assert len(scales) == len(blocks) and all(one.shape == () for one in scales.values())
+    assert all(float(one) == pytest.approx(expected, rel=1e-6) for one in scales.values())
+    bare = make_plan(FORM, architecture, grids, "x", "")
+    assert ("FP8 needs the scale" in " ".join(FORM.refuses(architecture, bare, checkpoint))) == (name == "fp8")
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])

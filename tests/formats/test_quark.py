@@ -67,7 +67,7 @@ def test_quark_files_decode_to_its_own_numbers_and_are_packed_to_the_same_bytes(
     tensors = load_file(GOLDEN / f"{name}.safetensors")
     np.testing.assert_array_equal(read_tensor(opened, weight)[:4], tensors["decoded"].numpy())
     kind = FORM.scheme.layout(SCHEMES[name])
-    packed = kind.pack(opened.rows(weight, 0, 128), (128, 256))
+    packed = kind.pack(opened.quantized_rows(weight, 0, 128), (128, 256))
     stored = kind.tensors(128, 256)
     assert {one.suffix for one in stored} == set(tensors) - {"decoded", "input_scale"}
     for one, raw in zip(stored, packed, strict=True):

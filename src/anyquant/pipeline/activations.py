@@ -45,10 +45,12 @@ def input_activation(activation: Activation | None, linear: Linear, grid: str) -
     return activation
 
 
-def planned_rounding(architecture: Architecture, plan: Plan, maxima: Mapping[str, float]) -> list[RoundedInput]:
-    """How the inputs of the Linears are rounded while the model runs; `maxima` by Linear, for static scales."""
-    return [
-        RoundedInput(architecture.by_name[name].module, one.input_activation.grid, maxima.get(name))
-        for name, one in plan.decisions.items()
-        if one.input_activation is not None
-    ]
+def rounded_inputs(architecture: Architecture, plan: Plan, maxima: Mapping[str, float]) -> list[RoundedInput]:
+    """How the inputs of the Linears are rounded while the model runs; `maxima` as calibration saw them."""
+    found = []
+    for name, decision in plan.decisions.items():
+        if decision.input_activation is None:
+            continue
+        largest = max((maxima[other] for other in plan.tied(name) if other in maxima), default=None)
+        found.append(RoundedInput(architecture.by_name[name].module, decision.input_activation.grid, largest))
+    return found

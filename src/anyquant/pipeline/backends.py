@@ -9,13 +9,13 @@ from anyquant.core.errors import AnyQuantError, UsageError
 from anyquant.core.progress import Progress, Silent
 from anyquant.evaluation.measures import Measures
 from anyquant.evaluation.speed import measure_speed
-from anyquant.pipeline.activations import planned_rounding
+from anyquant.pipeline.activations import rounded_inputs
 from anyquant.pipeline.measure import ReferenceLogits, answers, check_conversion, compare
 from anyquant.pipeline.planner import Job, writable
 from anyquant.pipeline.quantized import Quantized
 from anyquant.pipeline.report import Conversion
 from anyquant.pipeline.run import Written, execute
-from anyquant.pipeline.state import copy_state, decoder, rounded_inputs, verify_state, write_state
+from anyquant.pipeline.state import activation_maxima, copy_state, decoder, verify_state, write_state
 from anyquant.pipeline.targets import Target
 from anyquant.pipeline.twin import MOST_WEIGHTS, twin_conversion
 from anyquant.pipeline.verify import Verified, verify
@@ -69,11 +69,13 @@ class FormatBackend:
     def __init__(self, threads: int, progress: Progress) -> None:
         self.threads, self.progress = threads, progress
         self._written: Written | None = None
+        self._maxima: Mapping[str, float] = {}
 
     def write(self, quantized: Quantized, stage: Stage) -> None:
         for file in quantized.job.layout.files:
             stage.discard(file.path)
-        self._written = execute(quantized.job, quantized.rows, stage, self.threads, self.progress)
+        self._maxima = quantized.maxima
+        self._written = execute(quantized.job, quantized.rows, stage, self.threads, self.progress, quantized.maxima)
 
     def verify(self, quantized: Quantized, stage: Stage) -> Verified:
         if self._written is None:
@@ -104,9 +106,10 @@ class RuntimeBackend(FormatBackend):
         """With an exact key-value cache."""
         decoded = writable(job).open(stage.folder, job.architecture)
         with self.runtime.load(stage.folder / job.format.entry, _longest(documents), self.threads) as session:
-            direct = check_conversion(session, decoded, job.architecture, job.checkpoint, documents, encode)
+            rounding = rounded_inputs(job.architecture, job.plan, self._maxima)
+            direct = check_conversion(session, decoded, job.architecture, job.checkpoint, documents, encode, rounding)
             speed = measure_speed(session, documents[0].tokens[:SPEED_PROMPT], 16, 3, self.clock)
-        exact = all(self.target.exact(decision.grid) for decision in job.plan.decisions.values())
+        exact = not rounding and all(self.target.exact(decision.grid) for decision in job.plan.decisions.values())
         found = self._judged(direct, EXACT_LIMIT if exact else ROUNDED_LIMIT)
         if not exact and job.weights <= MOST_WEIGHTS:
             twin = twin_conversion(job, decoded, self.runtime, stage, documents, encode)
@@ -136,15 +139,10 @@ class SchemaBackend(FormatBackend):
     def __init__(self, target: Target, threads: int, progress: Progress) -> None:
         super().__init__(threads, progress)
         self.target = target
-        self._maxima: Mapping[str, float] = {}
-
-    def write(self, quantized: Quantized, stage: Stage) -> None:
-        super().write(quantized, stage)
-        self._maxima = quantized.maxima
 
     def measure(self, job: Job, stage: Stage, reference: ReferenceLogits, label: str) -> Measures:
         decoded = writable(job).open(stage.folder, job.architecture)
-        rounding = planned_rounding(job.architecture, job.plan, self._maxima)
+        rounding = rounded_inputs(job.architecture, job.plan, self._maxima)
         runtime = TransformersRuntime(decoded, job.architecture, job.checkpoint.config, rounding)
         ids = [document.tokens for document in reference.documents]
         return compare(runtime.logits(ids, self.progress), reference, Silent(), label)
@@ -177,7 +175,7 @@ class StateBackend:
     def measure(self, job: Job, stage: Stage, reference: ReferenceLogits, label: str) -> Measures:
         weights = DecodedCheckpoint(job.checkpoint, job.architecture, decoder(stage.folder))
         ids = [document.tokens for document in reference.documents]
-        rounding = rounded_inputs(job.architecture, job.plan, stage.folder)
+        rounding = rounded_inputs(job.architecture, job.plan, activation_maxima(stage.folder))
         candidates = TransformersRuntime(weights, job.architecture, rounding=rounding).logits(ids, self.progress)
         return compare(candidates, reference, Silent(), label)
 

@@ -2,6 +2,7 @@
 
 import tomllib
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cache
 from importlib.resources import files
 from importlib.util import find_spec
@@ -20,7 +21,8 @@ class Target:
     asked for.
 
     `libraries` are those that the proof needs. `exact_grids`: grids on which the runtime computes exactly, without
-    rounding activations ("*": all). `serve`: how a server is started, with {artifact}, {context} and {cache}; or "".
+    rounding activations, or patterns of their names. `serve`: how a server is started, with
+    {artifact}, {context} and {cache}; or "".
     """
 
     name: str
@@ -46,7 +48,7 @@ class Target:
 
     def exact(self, grid: str) -> bool:
         """Whether the runtime's arithmetic on this grid is exact but for float rounding."""
-        return "*" in self.exact_grids or grid in self.exact_grids
+        return any(fnmatchcase(grid, pattern) for pattern in self.exact_grids)
 
 
 @cache
@@ -83,6 +85,16 @@ def target(name: str) -> Target:
     if name not in known:
         raise UsageError(f"unknown target {name!r}; {suggest(name, list(known))}")
     return known[name]
+
+
+def target_or_format(name: str) -> Target:
+    """The target called `name`, or the first one whose format is. Raises UsageError with the nearest names."""
+    known = targets()
+    by_format = {one.format: one for one in reversed(known.values())}
+    found = known.get(name) or by_format.get(name)
+    if found is None:
+        raise UsageError(f"unknown target or format {name!r}; {suggest(name, [*known, *by_format])}")
+    return found
 
 
 def neutral() -> Target:

@@ -7,19 +7,19 @@ Engines round the inputs of these modules to 8 bits as well, a scale per token a
 decodes the weights and rounds no input.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.errors import BadInputError, UnsupportedError
 from anyquant.core.linear import Role
-from anyquant.core.plan import Plan
+from anyquant.core.plan import Activation, Plan
 from anyquant.formats.folder.extra import found_extras
 from anyquant.formats.folder.format import FolderFormat
 from anyquant.formats.folder.minifloat import SCALE_FLOATS, ScaledLayout
 from anyquant.formats.folder.modules import FLOATS, ModuleLayout
-from anyquant.formats.folder.scheme import APART, Found, Module, float_modules, refuse_apart
+from anyquant.formats.folder.scheme import APART, Found, InputScale, Module, Scheme, float_modules, refuse_apart
 from anyquant.grids.fp8 import BLOCK
 from anyquant.models.architecture import Architecture
 
@@ -35,7 +35,7 @@ METHODS = ("fp8", "fbgemm_fp8")
 
 
 @dataclass(frozen=True)
-class Fp8:
+class Fp8(Scheme):
     """See folder.scheme.Scheme."""
 
     name: str = "fp8"
@@ -45,20 +45,25 @@ class Fp8:
         default_factory=lambda: {"FP8_BLOCK": BLOCKS, "FP8": TENSOR, "BF16": "bf16", "F16": "f16", "F32": "f32"}
     )
 
-    def layout(self, grid: str) -> ModuleLayout:
-        if grid not in WRITTEN:
+    def layout(self, name: str) -> ModuleLayout:
+        if name not in WRITTEN:
             raise UnsupportedError(
-                f"fp8 has no place for grid {grid!r}; it holds: {', '.join(FLOATS)}, {', '.join(WRITTEN)}"
+                f"fp8 has no place for grid {name!r}; it holds: {', '.join(FLOATS)}, {', '.join(WRITTEN)}"
             )
-        return WRITTEN[grid]
+        return WRITTEN[name]
+
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        settings = config.get("quantization_config")
+        return isinstance(settings, Mapping) and settings.get("quant_method") in METHODS
+
+    def inputs(self, activation: Activation) -> Sequence[InputScale]:
+        raise UnsupportedError("engines round the inputs of fp8 folders as they see fit, a plan cannot tell them how")
 
     def refuses(self, architecture: Architecture, plan: Plan, modules: tuple[Module, ...]) -> list[str]:
         """Readers differ on blocks that are not whole: transformers on a CPU divides a matrix into equal parts."""
         reasons = refuse_apart(self.name, plan, modules)
         quantized = {module.grid for module in modules if module.grid not in FLOATS}
         for module in modules:
-            if plan.decisions[module.linears[0].name].input_activation:
-                reasons.append(f"{module.path}: engines round inputs as they see fit, a plan cannot tell them how")
             if module.grid != BLOCKS:
                 continue
             if any(side > BLOCK and side % BLOCK for side in module.shape):
@@ -89,9 +94,6 @@ class Fp8:
                 "modules_to_not_convert": float_modules(architecture, modules),
             }
         }
-
-    def files(self, architecture: Architecture, plan: Plan, modules: tuple[Module, ...]) -> Mapping[str, bytes]:
-        return {}
 
     def find(self, stored: Checkpoint) -> Mapping[str, Found]:
         """Every weight that is an 8-bit float, by the shape of its scales; `activation_scheme` may be static."""

@@ -23,7 +23,7 @@ from anyquant.grids import grid as find_grid
 
 INTEGER = re.compile(r"int4-g(\d+)")
 SMOOTHING = "pre_quant_scale"
-INPUT_SCALE = Extra("input_scale", "F32")
+INPUT_SCALE = "input_scale"
 # TensorRT-LLM expects the factors in modules that it does not fuse; ours are folded into the weights, if there are any
 ONES = Extra(SMOOTHING, "BF16", ("columns",), 1.0)
 
@@ -114,7 +114,7 @@ class Smoothed:
 
 WRITTEN: Mapping[str, ModuleLayout] = {
     "nvfp4": NvLayout(),
-    "fp8_e4m3-tensor": ScaledLayout("fp8_e4m3-tensor", scale_shape=(), extras=(INPUT_SCALE,)),
+    "fp8_e4m3-tensor": ScaledLayout("fp8_e4m3-tensor", scale_shape=()),
     "fp8_e4m3-channel": ScaledLayout("fp8_e4m3-channel", scale_shape=("high",)),
     "fp8_e4m3-block": ScaledLayout("fp8_e4m3-block", scale_shape=("high", 1, "wide", 1)),
     "mxfp8_e4m3": ScaledLayout("mxfp8_e4m3", scale_dtype="U8"),

@@ -7,7 +7,7 @@ Nothing here runs such a folder: it is verified against ModelOpt's schema, and b
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,8 @@ from anyquant.core.linear import Role
 from anyquant.core.plan import Activation, Plan
 from anyquant.formats.folder.format import FolderFormat
 from anyquant.formats.folder.modules import FLOATS, ModuleLayout
-from anyquant.formats.folder.scheme import APART, HEAD_MODULE, Found, Module, refuse_apart
-from anyquant.formats.modelopt.layouts import Int4Layout, layout
+from anyquant.formats.folder.scheme import APART, HEAD_MODULE, Found, InputScale, Module, Scheme, refuse_apart
+from anyquant.formats.modelopt.layouts import INPUT_SCALE, Int4Layout, layout
 from anyquant.formats.modelopt.reading import LEGACY, find
 from anyquant.models.architecture import Architecture
 
@@ -25,15 +25,25 @@ from anyquant.models.architecture import Architecture
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 ALGORITHMS: Mapping[str, Mapping[str, Any]] = {
     "nvfp4": {"quant_algo": "W4A16_NVFP4", "group_size": 16},
+    "nvfp4 with inputs": {"quant_algo": "NVFP4", "group_size": 16},
     "fp8_e4m3-tensor": {"quant_algo": "FP8"},
     "fp8_e4m3-channel": {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
     "fp8_e4m3-block": {"quant_algo": "fp8_pb_wo"},  # in small letters, as ModelOpt writes it
     "mxfp8_e4m3": {"quant_algo": "MXFP8", "group_size": 32},
     "int8-channel": {"quant_algo": "W8A16"},
 }
+NVFP4, FP8 = Activation("nvfp4", "dynamic"), Activation("fp8_e4m3-tensor", "static")
+# how the engines round what enters modules on a grid
 INPUTS = {
     "fp8_e4m3-channel": Activation("fp8_e4m3-channel", "dynamic"),
     "mxfp8_e4m3": Activation("mxfp8_e4m3", "dynamic"),
+    "nvfp4": NVFP4,
+    "fp8_e4m3-tensor": FP8,
+}
+# and what they read of it: amax / 448, and amax / (6 * 448) as a power of two
+SCALES = {
+    FP8: (InputScale(INPUT_SCALE, "scale", ()),),
+    NVFP4: (InputScale(INPUT_SCALE, "global_scale", (), reciprocal=True),),
 }
 GROUPS: Mapping[str, tuple[Mapping[str, Any] | None, Mapping[str, Any]]] = {
     # quant_algo: how inputs and weights are described in the words of compressed-tensors
@@ -42,24 +52,29 @@ GROUPS: Mapping[str, tuple[Mapping[str, Any] | None, Mapping[str, Any]]] = {
         {"num_bits": 8, "type": "float"},
         {"num_bits": 8, "type": "float", "strategy": "channel"},
     ),
+    "NVFP4": ({"num_bits": 4, "type": "float", "group_size": 16}, {"num_bits": 4, "type": "float", "group_size": 16}),
     "W4A16_NVFP4": (None, {"num_bits": 4, "type": "float", "group_size": 16}),
     "W4A16_AWQ": (None, {"num_bits": 4, "type": "int"}),
     "W8A16": (None, {"num_bits": 8, "type": "int"}),
     "MXFP8": ({"num_bits": 8, "type": "float", "group_size": 32}, {"num_bits": 8, "type": "float", "group_size": 32}),
 }
-DESCRIBED = ("FP8", "W4A16_NVFP4")  # the algorithms for which a folder of one kind describes its group as well
+DESCRIBED = ("FP8", "NVFP4", "W4A16_NVFP4")  # the algorithms for which a folder of one kind describes its group as well
 WHOLE_BLOCKS = 128
 
 
 @dataclass(frozen=True)
-class ModelOpt:
+class ModelOpt(Scheme):
     """See folder.scheme.Scheme."""
 
     name: str = "modelopt"
     candidates: tuple[str, ...] = ("int4-g128", "int8-channel")
     apart: tuple[Role, ...] = APART
+    input_suffixes: tuple[str, ...] = (INPUT_SCALE,)
+    activations: Mapping[str, str] = field(default_factory=lambda: {"FP8": "fp8_e4m3-tensor:static", "NVFP4": "nvfp4"})
     presets: Mapping[str, str] = field(
         default_factory=lambda: {
+            "FP8": "fp8_e4m3-tensor",
+            "NVFP4": "nvfp4",
             "W4A16_NVFP4": "nvfp4",
             "W4A16_AWQ": "int4-g128",
             "W8A16": "int8-channel",
@@ -72,8 +87,12 @@ class ModelOpt:
         }
     )
 
-    def layout(self, grid: str) -> ModuleLayout:
-        return layout(grid)
+    def layout(self, name: str) -> ModuleLayout:
+        return layout(name)
+
+    def inputs(self, activation: Activation) -> Sequence[InputScale]:
+        """Whether a grid is met by it, `refuses` says."""
+        return SCALES.get(activation, ())
 
     def refuses(self, architecture: Architecture, plan: Plan, modules: tuple[Module, ...]) -> list[str]:
         reasons = refuse_apart(self.name, plan, modules)
@@ -104,11 +123,11 @@ def _module_reasons(module: Module, plan: Plan) -> list[str]:
         asked = plan.decisions[linear.name].input_activation
         if asked is not None and asked != INPUTS.get(module.grid):
             reasons.append(
-                f"{linear.name}: inputs rounded to {asked.grid} ({asked.mode}) are not written beside {module.grid} yet"
+                f"{linear.name}: inputs rounded to {asked.grid} ({asked.mode}) are not read beside {module.grid}"
             )
-    if module.grid == "fp8_e4m3-tensor":
+    if module.grid == "fp8_e4m3-tensor" and module.activation is None:
         reasons.append(
-            f"{module.path}: FP8 needs the scale of its inputs (input_scale), which is not written yet; "
+            f"{module.path}: FP8 needs the scale of its inputs: --activations fp8_e4m3-tensor:static; "
             "fp8_e4m3-channel and fp8_e4m3-block need none"
         )
     multiple = {"fp8_e4m3-block": WHOLE_BLOCKS}.get(module.grid, layout_multiple(module.grid))
@@ -124,18 +143,18 @@ def layout_multiple(grid: str) -> int:
     return 1 if grid in FLOATS else layout(grid).row_multiple
 
 
-def _algorithm(grid: str) -> Mapping[str, Any]:
+def _algorithm(module: Module) -> Mapping[str, Any]:
     """The entry of a module under "quantized_layers"."""
-    kind = layout(grid)
+    kind = layout(module.grid)
     if isinstance(kind, Int4Layout):
         return {"quant_algo": "W4A16_AWQ", "group_size": kind.group, "has_zero_point": False, "pre_quant_scale": True}
-    return ALGORITHMS[grid]
+    return ALGORITHMS["nvfp4 with inputs" if module.activation == NVFP4 else module.grid]
 
 
 def _legacy(architecture: Architecture, modules: tuple[Module, ...]) -> dict[str, Any] | None:
     """hf_quant_config.json; None when nothing is quantized. A mixture names what is quantized, else what is not is
     named; a tied head is a module of its own."""
-    layers = {module.path: dict(_algorithm(module.grid)) for module in modules if module.grid not in FLOATS}
+    layers = {module.path: dict(_algorithm(module)) for module in modules if module.grid not in FLOATS}
     if not layers:
         return None
     quantization: dict[str, Any] = {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": None}

@@ -5,7 +5,7 @@ Nothing here runs such a folder: it is verified against what Quark itself writes
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,13 +13,13 @@ from typing import Any
 from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.errors import BadInputError, UnsupportedError
 from anyquant.core.linear import Role
-from anyquant.core.plan import Plan
+from anyquant.core.plan import Activation, Plan
 from anyquant.formats.folder.extra import found_extras
 from anyquant.formats.folder.format import FolderFormat
 from anyquant.formats.folder.integers import Int8Layout
 from anyquant.formats.folder.minifloat import ScaledLayout
 from anyquant.formats.folder.modules import FLOATS, ModuleLayout
-from anyquant.formats.folder.scheme import APART, Found, Module, float_modules, refuse_apart
+from anyquant.formats.folder.scheme import APART, Found, InputScale, Module, Scheme, float_modules, refuse_apart
 from anyquant.formats.quark.specs import INPUTS, INT8, MX, grid_of, layer_settings, layout
 from anyquant.models.architecture import Architecture
 
@@ -30,7 +30,7 @@ BESIDE = (ZERO, "input_scale", "input_zero_point", "output_scale")
 
 
 @dataclass(frozen=True)
-class Quark:
+class Quark(Scheme):
     """See folder.scheme.Scheme."""
 
     name: str = "quark"
@@ -49,8 +49,12 @@ class Quark:
         }
     )
 
-    def layout(self, grid: str) -> ModuleLayout:
-        return layout(grid)
+    def layout(self, name: str) -> ModuleLayout:
+        return layout(name)
+
+    def inputs(self, activation: Activation) -> Sequence[InputScale]:
+        """None: the engines find their scales from the values. `refuses` says what they do not read."""
+        return ()
 
     def refuses(self, architecture: Architecture, plan: Plan, modules: tuple[Module, ...]) -> list[str]:
         """Integers have no kernel that leaves inputs as they are: a plan has to say what happens to them."""
@@ -65,8 +69,6 @@ class Quark:
                     )
                 elif asked is None and module.grid in INT8:
                     reasons.append(f"{linear.name}: {module.grid} runs with rounded inputs only: int8-channel")
-            if len({plan.decisions[linear.name].input_activation for linear in module.linears}) > 1:
-                reasons.append(f"{module.path} is one module; its inputs are rounded or not")
         return reasons
 
     def config(self, architecture: Architecture, plan: Plan, modules: tuple[Module, ...]) -> Mapping[str, Any]:
@@ -98,9 +100,6 @@ class Quark:
                 "version": VERSION,
             }
         }
-
-    def files(self, architecture: Architecture, plan: Plan, modules: tuple[Module, ...]) -> Mapping[str, bytes]:
-        return {}
 
     def find(self, stored: Checkpoint) -> Mapping[str, Found]:
         """Every module that has scales, by the settings that match its path."""
