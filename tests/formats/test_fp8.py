@@ -80,6 +80,7 @@ def test_files_are_what_readers_expect(grid: str, shape: list[int], tmp_path: Pa
         ("weight_scale", "tensor", "input_scale"),  # AutoFP8
         ("weight_scale", "row", "input_scale_ub"),  # FBGEMM
         ("weight_scale_inv", "block", "activation_scale"),
+        ("weight_scale_inv", "half", None),  # Qwen3
         ("scale", "power", None),  # DeepSeek-V4
     ],
 )
@@ -87,10 +88,12 @@ def test_what_others_write_is_read(suffix: str, reach: str, extra: str | None, t
     """Weights rounded by torch; 192 x 320 has blocks at the edges that are not whole, as GPUs' kernels read them."""
     source = make_checkpoint(tmp_path / "in", "llama", dtype="BF16")
     weight = torch.randn(192, 320, generator=torch.Generator().manual_seed(3))
-    shapes = {"tensor": (1,), "row": (192, 1), "block": (2, 3), "power": (2, 3)}
+    shapes = {"tensor": (1,), "row": (192, 1), "block": (2, 3), "half": (2, 3), "power": (2, 3)}
     scale = torch.rand(shapes[reach], generator=torch.Generator().manual_seed(4)) / 100 + 0.004
     if reach == "power":
         scale = scale.to(torch.float8_e8m0fnu)
+    if reach == "half":
+        scale = scale.bfloat16()
     wide = scale.float()
     if len(shapes[reach]) == 2 and reach != "row":
         wide = wide.repeat_interleave(128, 0)[:192].repeat_interleave(128, 1)[:, :320]
@@ -99,7 +102,7 @@ def test_what_others_write_is_read(suffix: str, reach: str, extra: str | None, t
     if extra is not None:
         tensors[f"{CHANGED}.{extra}"] = torch.tensor([0.5])
     method = "fbgemm_fp8" if reach == "row" else "fp8"
-    blocks = [128, 128] if reach in ("block", "power") else None
+    blocks = [128, 128] if reach in ("block", "half", "power") else None
     save(source, tensors, {"quant_method": method, "weight_block_size": blocks})
     opened = FORM.read(open_checkpoint(source))
     assert not [name for name in opened.names() if "scale" in name]
@@ -119,7 +122,7 @@ def test_a_damaged_folder_is_refused_by_name(tmp_path: Path) -> None:
 
     refused(BadInputError, f"{CHANGED}.weight has no weight_scale_inv", {scale: None}, {})
     refused(BadInputError, r"o_proj.weight_scale_inv is F32 \[3, 1\]", {scale: torch.ones(3, 1)}, {})
-    refused(BadInputError, "o_proj.weight_scale_inv is BF16", {scale: tensors[scale].bfloat16()}, {})
+    refused(BadInputError, "o_proj.weight_scale_inv is I32", {scale: tensors[scale].int()}, {})
     refused(BadInputError, "a scale is not a number", {scale: tensors[scale] * torch.nan}, {})
     refused(UnsupportedError, r"blocks of \[1, 32\]", {}, {"weight_block_size": [1, 32]})
     refused(UnsupportedError, "quantization_config is not one of", {}, {"quant_method": "gptq"})

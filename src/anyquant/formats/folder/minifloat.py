@@ -10,10 +10,12 @@ The scales are one tensor, that multiplies; NVFP4 has a second one for the whole
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from anyquant.core.dtypes import Bytes, Float32
+from anyquant.core.dtypes import Bytes, Float32, from_float32, to_float32
 from anyquant.core.errors import BadInputError, UnsupportedError
 from anyquant.core.grid import Parameter, Params, Scope
 from anyquant.core.qtensor import QTensor
@@ -22,6 +24,7 @@ from anyquant.formats.folder.modules import Along, Stored
 from anyquant.formats.folder.packing import pack_bits, unpack_bits
 from anyquant.grids import grid as find_grid
 
+SCALE_FLOATS = ("F32", "BF16", "F16")
 STORED_KINDS = {"e4m3": "F8_E4M3", "e5m2": "F8_E5M2"}
 BIAS, NAN, LEAST, MOST = 127, 255, 2.0**-127, 2.0**127  # of E8M0
 
@@ -30,7 +33,8 @@ BIAS, NAN, LEAST, MOST = 127, 255, 2.0**-127, 2.0**127  # of E8M0
 class ScaledLayout:
     """The grids "fp8_*", "mxfp4", "mxfp6_*" and "mxfp8_*": codes and the parameter "scale".
 
-    `scale` names the tensor of scales, `scale_dtype` is F32 or, for powers of two, F8_E8M0 or U8 (biased exponents).
+    `scale` names the tensor of scales, `scale_dtype` is F32, BF16 or F16, or, for powers of two, F8_E8M0 or U8 (biased
+    exponents).
     `scale_shape` is how the folder writes the shape of the parameter, whose order of values is the same in all; it may
     name "high" and "wide", the sizes of the parameter's own array.
     """
@@ -69,23 +73,32 @@ class ScaledLayout:
 
     def pack(self, rows: QTensor, shape: tuple[int, int]) -> Sequence[Bytes]:
         refuse_reordered(rows)
-        codes, scale = pack_bits(rows.codes, self.bits), rows.params["scale"]
-        if scale.dtype == np.float32 and self.scale_dtype != "F32":
-            scale = exponents_of(scale, self.scale)
-        packed = np.ascontiguousarray(scale).reshape(-1).view(np.uint8)
-        return [codes, packed, *(extra.bytes(shape) for extra in self.extras)]
+        codes, scale = pack_bits(rows.codes, self.bits), np.ascontiguousarray(rows.params["scale"]).reshape(-1)
+        if scale.dtype == np.float32:
+            scale = self._stored(scale)
+        return [codes, scale, *(extra.bytes(shape) for extra in self.extras)]
+
+    def _stored(self, scale: Float32) -> Bytes:
+        """Scales as the folder has them. Raises UnsupportedError for one that its type cannot hold."""
+        if self.scale_dtype not in SCALE_FLOATS:
+            return exponents_of(scale, self.scale)
+        stored = from_float32(scale, self.scale_dtype)
+        if not np.array_equal(to_float32(stored, self.scale_dtype), scale):
+            raise UnsupportedError(f"{self.scale}: a scale of {self.grid} is no {self.scale_dtype} number")
+        return stored
 
     def unpack(self, raw: Sequence[Bytes], rows: int, shape: tuple[int, int]) -> QTensor:
         """Raises BadInputError for a scale that is NaN."""
         grid = find_grid(self.grid)
         codes = unpack_bits(raw[0].reshape(rows, -1), self.bits, shape[1])
-        scale = raw[1].view("<f4" if self.scale_dtype == "F32" else np.uint8)
-        if np.any(np.isnan(scale) if self.scale_dtype == "F32" else scale == NAN):
+        scale: npt.NDArray[Any] = raw[1]
+        if self.scale_dtype in SCALE_FLOATS:
+            scale = to_float32(raw[1], self.scale_dtype)
+        if np.any(np.isnan(scale) if self.scale_dtype in SCALE_FLOATS else scale == NAN):
             raise BadInputError(f"{self.scale} of {self.grid}: a scale is not a number")
-        if self.scale_dtype != "F32" and self.parameter.dtype == "float32":
+        if scale.dtype == np.uint8 and self.parameter.dtype == "float32":
             scale = np.ldexp(np.float32(1), scale.astype(np.int32) - BIAS).astype(np.float32)
-        scale = scale.astype(self.parameter.dtype, copy=False).reshape(self.parameter.shape((rows, shape[1])))
-        return QTensor(grid, (rows, shape[1]), codes, {"scale": scale})
+        return QTensor(grid, (rows, shape[1]), codes, {"scale": scale.reshape(self.parameter.shape((rows, shape[1])))})
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from anyquant.core.linear import Role
 from anyquant.core.plan import Activation, Plan
 from anyquant.formats.folder.extra import found_extras
 from anyquant.formats.folder.format import FolderFormat
-from anyquant.formats.folder.minifloat import ScaledLayout
+from anyquant.formats.folder.minifloat import SCALE_FLOATS, ScaledLayout
 from anyquant.formats.folder.modules import FLOATS, ModuleLayout
 from anyquant.formats.folder.scheme import APART, Found, InputScale, Module, Scheme, float_modules, refuse_apart
 from anyquant.grids.fp8 import BLOCK
@@ -133,10 +133,10 @@ def _found(stored: Checkpoint, path: str, scale: str, names: frozenset[str]) -> 
         (): "tensor",
     }
     reach = reaches.get(scales.shape)
-    if reach is None or scales.dtype not in ("F32", "F8_E8M0"):
+    if reach is None or scales.dtype not in (*SCALE_FLOATS, "F8_E8M0"):
         raise BadInputError(
             f"{stored.location}: {path}.{scale} is {scales.dtype} {list(scales.shape)}; for a weight of {rows} x "
-            f"{columns} F32 of one scale per matrix, row or block of {BLOCK} x {BLOCK} is expected"
+            f"{columns} floats, one scale per matrix, row or block of {BLOCK} x {BLOCK}, are expected"
         )
     extras = found_extras(stored, path, BESIDE, names)
     found = ScaledLayout(f"fp8_{kind}-{reach}", scale, scales.dtype, scales.shape, extras)
