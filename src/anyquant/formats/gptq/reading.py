@@ -58,8 +58,12 @@ def quantized_paths(stored: Checkpoint) -> list[str]:
     return paths
 
 
-def measured(stored: Checkpoint, path: str, bits: set[int], sizes: list[int]) -> tuple[str, tuple[int, int]]:
+def measured(
+    stored: Checkpoint, path: str, bits: set[int], sizes: list[int], *, packed_outputs: bool = False
+) -> tuple[str, tuple[int, int]]:
     """("int4-g128", (out, in)) of a module by the shapes of its tensors, where the settings allow them.
+
+    `packed_outputs`: the codes lie packed along the outputs, not the inputs.
 
     Raises BadInputError for shapes that contradict the settings, UnsupportedError for groups that no grid has.
     """
@@ -72,7 +76,7 @@ def measured(stored: Checkpoint, path: str, bits: set[int], sizes: list[int]) ->
             f"{stored.location}: {path} holds zero-points of {32 * qzeros.shape[1] / max(rows, 1):g} bits, its "
             f"settings say {said}"
         )
-    columns = 32 * qweight.shape[0] // width
+    columns = qweight.shape[0] if packed_outputs else 32 * qweight.shape[0] // width
     return f"int{width}-{_reach(stored, path, columns, groups, sizes)}", (rows, columns)
 
 

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
-from anyquant.core.checkpoint import Checkpoint, read_tensor
+from anyquant.core.checkpoint import read_tensor
 from anyquant.core.errors import BadInputError, UnsupportedError, UsageError
-from anyquant.core.linear import Role
 from anyquant.core.plan import Plan
 from anyquant.core.qtensor import QTensor
 from anyquant.formats import FORMATS, as_model
@@ -22,11 +21,10 @@ from anyquant.formats.folder.format import FolderFormat
 from anyquant.formats.gptq.layouts import PackedInputs, layout
 from anyquant.grids import grid as find_grid
 from anyquant.models.architecture import Architecture
-from anyquant.models.detect import detect
-from anyquant.store.open import open_checkpoint
 from anyquant.store.safetensors import SafetensorsCheckpoint
 from support.checkpoints import make_checkpoint
 from support.packed import Packed, packed_cases
+from support.quantized import altered, as_quantized, chosen, open_model
 from support.write import make_plan, write
 
 FORM = FORMATS.get("gptq")
@@ -125,18 +123,6 @@ def test_contradictions_inside_the_tensors_are_told() -> None:
         made("int4-g32-asym:1:order").unpack(changed(1, 0, np.array([0x7F], np.uint8)), 32, shape)
 
 
-def open_model(folder: Path) -> tuple[Checkpoint, Architecture]:
-    checkpoint = open_checkpoint(folder)
-    return checkpoint, detect(checkpoint)
-
-
-def chosen(architecture: Architecture, grid: str, apart: str, **changes: str) -> dict[str, str]:
-    found = {
-        linear.name: apart if linear.role in (Role.EMBEDDING, Role.HEAD) else grid for linear in architecture.linears
-    }
-    return found | {name.replace("__", "."): value for name, value in changes.items()}
-
-
 def settings(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "config.json").read_text())["quantization_config"])
 
@@ -152,16 +138,9 @@ def test_a_folder_is_read_back(family: str, grid: str, tied: bool, tmp_path: Pat
     found = FORM.open(tmp_path / "out", architecture)
     assert set(found.names()) == set(checkpoint.names())
     for linear in architecture.linears:
-        weights = read_tensor(checkpoint, linear.view.tensor)
-        if linear.role in (Role.EMBEDDING, Role.HEAD):
-            np.testing.assert_array_equal(read_tensor(found, linear.view.tensor), weights)
-            continue
+        expected = as_quantized(checkpoint, linear, grid)
         part = slice(linear.view.start, linear.view.start + linear.view.rows)
-        made_of = find_grid(grid)
-        params, codes = made_of.quantize(weights[part])
-        np.testing.assert_array_equal(
-            read_tensor(found, linear.view.tensor)[part], made_of.decode(codes, params), linear.name
-        )
+        np.testing.assert_array_equal(read_tensor(found, linear.view.tensor)[part], expected, linear.name)
     again = as_model(SafetensorsCheckpoint(tmp_path / "out"))
     name = architecture.linears[-2].view.tensor
     np.testing.assert_array_equal(read_tensor(again, name), read_tensor(found, name))
@@ -200,9 +179,9 @@ def test_settings_of_several_grids(tmp_path: Path) -> None:
     """Patterns match exactly their modules, and what vLLM fuses; a head is quantized too; all is read back."""
     source = make_checkpoint(tmp_path / "in", "llama", dtype="F16", config={"vocab_size": 704})
     checkpoint, architecture = open_model(source)
-    changes = {"blocks__0__ffn_down": "int8-g64", "blocks__1__attn_output": "f16", "head": "int4-g128"}
-    changes |= {f"blocks__1__attn_{one}": "int8-g32" for one in "qkv"}
-    grids = chosen(architecture, "int4-g128", "f16", **changes)
+    changes = {"blocks.0.ffn_down": "int8-g64", "blocks.1.attn_output": "f16", "head": "int4-g128"}
+    changes |= {f"blocks.1.attn_{one}": "int8-g32" for one in "qkv"}
+    grids = chosen(architecture, "int4-g128", "f16", changes)
     write(checkpoint, architecture, tmp_path / "out", grids, "gptq")
     found = settings(tmp_path / "out")
     assert found["lm_head"] is True
@@ -264,11 +243,9 @@ def test_what_cannot_be_written_is_refused_before_any_work(tmp_path: Path) -> No
     checkpoint, architecture = open_model(source)
 
     def reasons(**changes: str) -> str:
-        return "; ".join(
-            FORM.refuses(
-                architecture, planned(architecture, chosen(architecture, "int4-g128", "f16", **changes)), checkpoint
-            )
-        )
+        named = {name.replace("__", "."): one for name, one in changes.items()}
+        plan = planned(architecture, chosen(architecture, "int4-g128", "f16", named))
+        return "; ".join(FORM.refuses(architecture, plan, checkpoint))
 
     assert reasons() == reasons(head="int4-g128") == reasons(blocks__0__ffn_down="int8-g32-f16") == ""
     assert "quantized embedding" in reasons(embedding="int4-g128")
@@ -337,19 +314,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint, architecture = open_model(make_checkpoint(base / "in", "llama", dtype="F16"))
     write(checkpoint, architecture, base / "out", chosen(architecture, "int4-g128", "f16"), "gptq")
     return base / "out"
-
-
-def altered(
-    source: Path, folder: Path, change: Mapping[str, Any], tensors: Mapping[str, npt.NDArray[Any] | None]
-) -> SafetensorsCheckpoint:
-    """A copy with other settings and tensors; None takes one away."""
-    folder.mkdir()
-    config = json.loads((source / "config.json").read_text())
-    config["quantization_config"] |= change
-    (folder / "config.json").write_text(json.dumps(config))
-    found = {**load_file(source / "model.safetensors"), **tensors}
-    save_file({name: one for name, one in found.items() if one is not None}, folder / "model.safetensors")
-    return SafetensorsCheckpoint(folder)
 
 
 def test_presets(folder: Path, tmp_path: Path) -> None:
