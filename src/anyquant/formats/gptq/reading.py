@@ -33,10 +33,10 @@ def find_modules(stored: Checkpoint) -> dict[str, tuple[str, tuple[int, int]]]:
     settings, where = settings_of(stored), stored.location
     version, asymmetric = _version(settings, where), not all(_said(settings, "sym", where))
     flags = [version, "borrowing"] if version == "1" and asymmetric and _by_gptqmodel(settings) else [version]
-    found = {}
+    found, names = {}, set(stored.names())
     for path in quantized_paths(stored):
         reach, shape = measured(stored, path, set(_said(settings, "bits", where)), _said(settings, "group_size", where))
-        end = ["order"] if path + G_IDX in stored.names() else ["bare"]
+        end = ["order"] if path + G_IDX in names else ["bare"]
         found[path] = (":".join([named(stored, path, reach, asymmetric), *flags, *end]), shape)
     _check_listed(settings, list(found), where)
     return found

@@ -65,7 +65,7 @@ class Gptq(Scheme):
 
     def refuses(self, architecture: Architecture, plan: Plan, modules: tuple[Module, ...]) -> list[str]:
         reasons = refuse_modules(modules, MULTIPLE)
-        kinds = {name.asymmetric for name in _names(modules)}
+        kinds = {name.asymmetric for name in names_of(modules)}
         if len(kinds) > 1:
             reasons.append(
                 "symmetric and asymmetric grids do not go into one GPTQ folder: it has one checkpoint_format, and they "
@@ -80,7 +80,7 @@ class Gptq(Scheme):
 
     def config(self, architecture: Architecture, plan: Plan, modules: tuple[Module, ...]) -> Mapping[str, Any]:
         """Without a quantized module there is no quantization_config."""
-        names = _names(modules)
+        names = names_of(modules)
         if not names:
             return {}
         base = Counter(names).most_common(1)[0][0]
@@ -128,7 +128,8 @@ def refuse_modules(modules: Iterable[Module], multiple: int, *, across: int = 0)
     return reasons
 
 
-def _names(modules: Iterable[Module]) -> list[IntegerGridName]:
+def names_of(modules: Iterable[Module]) -> list[IntegerGridName]:
+    """The grids of quantized modules, as far as settings tell them apart."""
     found = [parse(module.grid) for module in modules if module.grid not in FLOATS]
     return [_same_scales(name) for name in found if name is not None]
 
@@ -146,7 +147,7 @@ def _exceptions(base: IntegerGridName, modules: Iterable[Module]) -> Iterable[tu
         if module.grid in FLOATS:
             for pattern in _patterns(module):
                 yield f"-:{pattern}", {}
-        elif (name := _names([module])[0]) != base:
+        elif (name := names_of([module])[0]) != base:
             for pattern in _patterns(module):
                 yield f"+:{pattern}", {"bits": name.bits, "group_size": name.group_size, "sym": not name.asymmetric}
 
