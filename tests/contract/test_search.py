@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from anyquant.contract.allocate import BudgetTooSmallError, Candidate, Choice, Group, allocate, curve
-from anyquant.contract.measured import Margin, Measured, at_least, at_most, difference
+from anyquant.contract.measured import Margin, Measured, at_least, at_most, difference, likely
 from anyquant.contract.search import Effort, Ended, Outcome, Problem, Seen, best_within_bytes, smallest_within_limits
 from anyquant.evaluation.bootstrap import estimate, ratio
 
@@ -383,3 +384,14 @@ def test_a_metric_that_nothing_changes_is_kept_by_the_smallest() -> None:
     assert found.best is not None
     smallest = allocate(tested.groups, sum(min(c.nbytes for c in group.candidates) for group in tested.groups)).nbytes
     assert found.best.nbytes - HEADER < 1.05 * smallest
+
+
+def test_students_quantiles_are_those_of_the_tables() -> None:
+    """Two-sided 80 %: Abramowitz & Stegun, table 26.10; scipy's inverse for more."""
+    for documents, table in ((8, 1.415), (14, 1.350), (20, 1.328), (30, 1.311), (121, 1.289)):
+        assert likely(documents) == pytest.approx(table, abs=6e-4)
+    for documents in (5, 9, 43, 1000):
+        assert likely(documents) == pytest.approx(float(stats.t.ppf(0.9, documents - 1)), rel=3e-3)
+    assert likely(None) == pytest.approx(1.28155, abs=1e-5) and likely(1) == math.inf
+    few, many = (Margin("", 1.0, 0.1, 2.0, None, documents) for documents in (8, 1000))
+    assert few.cautious() > many.cautious()

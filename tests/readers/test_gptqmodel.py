@@ -164,7 +164,7 @@ def test_what_we_write_is_loaded_and_means_what_we_decode(one: Written, base: Pa
     model, theirs = decoded(base / one.name), found[one.name]
     expect_equal_weights(model, theirs)
     if one.ordered:
-        assert model.rows("model.layers.0.mlp.down_proj.weight", 0, 256).column_groups is not None
+        assert model.quantized_rows("model.layers.0.mlp.down_proj.weight", 0, 256).column_groups is not None
     ours = logits_of(base / one.source, model)
     spread = float(ours.std())
     # biases are added behind the product, which rounds once more than what transformers does with a plain matrix
@@ -244,4 +244,4 @@ def test_what_they_quantize_is_decoded_to_what_their_kernels_multiply_with(
     model = decoded(out / name)
     expect_equal_weights(model, results[name])
     if name == "gptqmodel-order":
-        assert model.rows("model.layers.0.mlp.down_proj.weight", 0, 256).column_groups is not None
+        assert model.quantized_rows("model.layers.0.mlp.down_proj.weight", 0, 256).column_groups is not None

@@ -1,6 +1,7 @@
 """The shortest way from a checkpoint to an artifact: what the pipeline does, without threads, stages and checks."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from anyquant.core.checkpoint import Checkpoint, read_tensor, read_view
 from anyquant.core.dtypes import Float32
 from anyquant.core.grid import Params
 from anyquant.core.linear import Carried, Linear
-from anyquant.core.plan import EMPTY, Chunk, Decision, Layout, Plan, Unit
+from anyquant.core.plan import EMPTY, Activation, Chunk, Decision, Layout, Plan, Unit
 from anyquant.core.qtensor import QTensor
 from anyquant.formats import FORMATS
 from anyquant.formats.base import Format
@@ -45,15 +46,20 @@ def write(
     change: Change | None = None,
     plan: Plan | None = None,
     maxima: Mapping[str, float] = EMPTY,
+    inputs: Mapping[str, Activation | None] | None = None,
 ) -> Layout:
     """Write an artifact into `folder`, with one grid for every Linear or one for each, or a whole `plan`.
 
-    Returns its layout. `maxima`: what enters Linears at most, where inputs have a static scale.
+    Returns its layout. `maxima`: what enters Linears at most, where inputs have a static scale. `inputs` says
+    by Linear how what enters it is rounded.
     """
     form = FORMATS.get(target) if isinstance(target, str) else target
     grids = {linear.name: chosen for linear in architecture.linears} if isinstance(chosen, str) else chosen
     label = chosen if isinstance(chosen, str) else "mixed"
     plan = plan or make_plan(form, architecture, grids, label, form.default_carried)
+    if inputs is not None:
+        decisions = {name: replace(one, input_activation=inputs.get(name)) for name, one in plan.decisions.items()}
+        plan = replace(plan, decisions=decisions)
     reasons = form.refuses(architecture, plan, checkpoint)
     if reasons:
         raise ValueError("; ".join(reasons))
@@ -74,14 +80,13 @@ def write(
     return layout
 
 
-def _shared(unit: Unit, linear: Linear, checkpoint: Checkpoint, architecture: Architecture) -> Params | None:
-    """Tensor-wide parameters of a unit, from all of its matrices and those that engines fuse with them."""
+def _shared(unit: Unit, checkpoint: Checkpoint, architecture: Architecture) -> Params | None:
+    """Tensor-wide parameters, one for all Linears of a unit."""
     grid = find_grid(unit.grid)
     if not grid.tensor_wide:
         return None
-    alike = [other for other in architecture.linears if other.input_group == linear.input_group]
-    largest = [float(np.abs(read_view(checkpoint, one.view, 0, one.view.rows)).max()) for one in alike]
-    return grid.prepare(max(largest))
+    views = [architecture.by_name[name].view for name in unit.linears]
+    return grid.prepare(max(float(np.abs(read_view(checkpoint, view, 0, view.rows)).max()) for view in views))
 
 
 def _chunks(
@@ -103,7 +108,7 @@ def _chunks(
                 weights = read_view(checkpoint, linear.view, first, last)
                 weights = change(linear, weights) if change else weights
                 grid = find_grid(unit.grid)
-                params, codes = grid.quantize(weights, None, _shared(unit, linear, checkpoint, architecture))
+                params, codes = grid.quantize(weights, None, _shared(unit, checkpoint, architecture))
                 rows = QTensor(grid, (last - first, linear.view.columns), codes, params)
                 chunks += form.pack(unit, architecture, name, first, rows)
     return chunks

@@ -18,6 +18,9 @@ FORMATS: Registry[Format] = Registry(
         "auto-round": "anyquant.formats.autoround.scheme:FORMAT",
         "awq": "anyquant.formats.awq.scheme:FORMAT",
         "gptq": "anyquant.formats.gptq.scheme:FORMAT",
+        "modelopt": "anyquant.formats.modelopt.scheme:FORMAT",
+        "quark": "anyquant.formats.quark.scheme:FORMAT",
+        "fp8": "anyquant.formats.fp8.scheme:FORMAT",
     },
     "anyquant.formats",
 )

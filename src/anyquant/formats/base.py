@@ -67,6 +67,10 @@ class Rules(Protocol):
         """The grid used where the Linear's shape does not lie on `grid`, or None when there is none."""
         ...
 
+    def holds(self, grid: str) -> bool:
+        """Whether there is a place for a matrix on the grid, as far as its name tells."""
+        ...
+
     def candidates(self, linear: Linear) -> tuple[str, ...]:
         """Grids among which a search may choose for the Linear, beside the type it is stored in; () where it stays so.
 

@@ -47,6 +47,10 @@ class StateRules:
     def fallback(self, grid: str, linear: Linear) -> str | None:
         return None
 
+    def holds(self, grid: str) -> bool:
+        """Whatever a grid holds."""
+        return True
+
     def candidates(self, linear: Linear) -> tuple[str, ...]:
         """Groups of 64 integers of every width: what most formats have in one form or another."""
         return () if linear.block is None or linear.role is Role.ROUTER else CANDIDATES

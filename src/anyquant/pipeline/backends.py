@@ -63,13 +63,11 @@ class Backend(Protocol):
         ...
 
 
-class RuntimeBackend:
-    """A format, written and verified block by block, and the real runtime that opens it."""
+class FormatBackend:
+    """A format, written and verified block by block."""
 
-    def __init__(self, target: Target, threads: int, progress: Progress, clock: Callable[[], float]) -> None:
-        self.target = target
-        self.runtime = RUNTIMES.get(target.runtime)
-        self.threads, self.progress, self.clock = threads, progress, clock
+    def __init__(self, threads: int, progress: Progress) -> None:
+        self.threads, self.progress = threads, progress
         self._written: Written | None = None
         self._maxima: Mapping[str, float] = {}
 
@@ -84,6 +82,16 @@ class RuntimeBackend:
             raise AnyQuantError("verify: nothing was written")
         statistics = quantized.statistics
         return verify(quantized.job, stage.folder, self._written, statistics, self.threads, self.progress)
+
+
+class RuntimeBackend(FormatBackend):
+    """A format, and the real runtime that opens it."""
+
+    def __init__(self, target: Target, threads: int, progress: Progress, clock: Callable[[], float]) -> None:
+        super().__init__(threads, progress)
+        self.target = target
+        self.runtime = RUNTIMES.get(target.runtime)
+        self.clock = clock
 
     def measure(self, job: Job, stage: Stage, reference: ReferenceLogits, label: str) -> Measures:
         with self.open(job, stage, _longest(reference.documents)) as session:
@@ -119,6 +127,32 @@ class RuntimeBackend:
                 f"{found.mean_kl:.2e}, the limit is {limit:g}; nothing was published"
             )
         return found.with_limit(limit)
+
+
+class SchemaBackend(FormatBackend):
+    """A format whose engine does not run here: `transformers` runs the weights decoded from the artifact's bytes.
+
+    That shows what the rounding costs, not that the engine reads the bytes as they are meant: such a format is compared
+    with what the engine's own tools write, in the tests.
+    """
+
+    def __init__(self, target: Target, threads: int, progress: Progress) -> None:
+        super().__init__(threads, progress)
+        self.target = target
+
+    def measure(self, job: Job, stage: Stage, reference: ReferenceLogits, label: str) -> Measures:
+        decoded = writable(job).open(stage.folder, job.architecture)
+        rounding = rounded_inputs(job.architecture, job.plan, self._maxima)
+        runtime = TransformersRuntime(decoded, job.architecture, job.checkpoint.config, rounding)
+        ids = [document.tokens for document in reference.documents]
+        return compare(runtime.logits(ids, self.progress), reference, Silent(), label)
+
+    def open(self, job: Job, stage: Stage, context: int) -> Session:
+        raise UsageError(f"--max-drop runs the artifact, and nothing here runs one for {self.target.name}")
+
+    def prove(self, job: Job, stage: Stage, documents: Sequence[Document], encode: Callable[[str], list[int]]) -> Proof:
+        """Nothing: the engine itself did not run."""
+        return Proof(None, {})
 
 
 class StateBackend:
@@ -158,7 +192,33 @@ def _longest(documents: Sequence[Document]) -> int:
 
 
 def backend_for(target: Target, threads: int, progress: Progress, clock: Callable[[], float]) -> Backend:
-    """The neutral state when the target has no runtime, else the format and runtime of the target."""
-    if not target.runtime:
+    """The neutral state, or the format of the target, with its runtime where it has one."""
+    if target.neutral:
         return StateBackend(threads, progress)
+    if target.schema_only:
+        return SchemaBackend(target, threads, progress)
     return RuntimeBackend(target, threads, progress, clock)
+
+
+def left_out(target: Target, job: Job) -> str:
+    """What an engine that does not run here does to the inputs of its matrices, where the plan does not; or ""."""
+    grids = {
+        one.grid
+        for one in job.plan.decisions.values()
+        if target.schema_only and one.input_activation is None and not target.exact(one.grid)
+    }
+    if not grids:
+        return ""
+    return (
+        f"{target.name} rounds what enters matrices on {', '.join(sorted(grids))}, which is not in the measured loss; "
+        "--activations simulates it where a grid describes it."
+    )
+
+
+def shown(target: Target, proof: Proof) -> str:
+    """What was shown of the artifact beyond its loss, for the report."""
+    if proof.conversion is not None:
+        return f"runtime-verified: {target.runtime} computes what its bytes say"
+    if target.schema_only:
+        return f"schema-verified, not run: read back byte for byte as its schema says; {target.name} did not run here"
+    return "read back byte for byte; not run"

@@ -22,6 +22,7 @@ TOKENIZER = "tokenizer.json"
 MAXIMUM_CONFIG = 64 << 20
 # of compressed-tensors: what it decodes to bfloat16 only
 BFLOAT16_FORMATS = frozenset({"nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"})
+OPENED = ("compressed-tensors", "fp8")
 
 
 def _config(folder: Path) -> Mapping[str, Any]:
@@ -41,8 +42,8 @@ def _refusals(folder: Path) -> list[str]:
     if config.get("model_type") not in FAMILIES:
         reasons.append(f"model type {config.get('model_type')!r} is not one of {', '.join(sorted(FAMILIES))}")
     settings = config.get("quantization_config") or {}
-    method = settings.get("quant_method") if isinstance(settings, dict) and settings else "compressed-tensors"
-    if method != "compressed-tensors":
+    method = settings.get("quant_method") if isinstance(settings, dict) and settings else OPENED[0]
+    if method not in OPENED:
         reasons.append(f"quantization method {method!r} is not opened here")
     if not (folder / TOKENIZER).is_file():
         reasons.append(f"there is no {TOKENIZER}")

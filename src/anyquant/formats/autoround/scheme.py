@@ -14,17 +14,16 @@ transformers 5.17 (AutoRoundConfig); vLLM (auto_round.py).
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.errors import BadInputError, UnsupportedError
-from anyquant.core.linear import Role
 from anyquant.core.plan import Decision, Plan
 from anyquant.formats.awq import layouts as awq
 from anyquant.formats.folder.format import FolderFormat
 from anyquant.formats.folder.modules import FLOATS, ModuleLayout
-from anyquant.formats.folder.scheme import APART, Module, Scheme
+from anyquant.formats.folder.scheme import Found, Module, Scheme
 from anyquant.formats.gptq import layouts as gptq
 from anyquant.formats.gptq.layouts import IntegerGridName, parse
 from anyquant.formats.gptq.reading import G_IDX, measured, named, quantized_paths, settings_of
@@ -47,6 +46,7 @@ PRESETS = {
     "W4A16": "int4-g128",
     "W8A16": "int8-g128",
     "W4A16_ASYM": "int4-g128-asym",
+    **{grid.upper(): grid for grid in FLOATS},
 }
 
 
@@ -56,11 +56,7 @@ class AutoRound(Scheme):
 
     name: str = "auto-round"
     candidates: tuple[str, ...] = ("int2-g64", "int3-g128", "int4-g128", "int4-g32", "int8-g128")
-    apart: tuple[Role, ...] = APART
-
-    @property
-    def presets(self) -> Mapping[str, str]:
-        return PRESETS
+    presets: Mapping[str, str] = field(default_factory=lambda: PRESETS)
 
     def variant(self, decision: Decision) -> str:
         name = parse(decision.grid)
@@ -105,11 +101,11 @@ class AutoRound(Scheme):
             }
         }
 
-    def find(self, stored: Checkpoint) -> Mapping[str, tuple[str, tuple[int, int]]]:
+    def find(self, stored: Checkpoint) -> Mapping[str, Found]:
         return find_modules(stored)
 
 
-def find_modules(stored: Checkpoint) -> dict[str, tuple[str, tuple[int, int]]]:
+def find_modules(stored: Checkpoint) -> Mapping[str, Found]:
     """Path of every quantized module to the name of its layout and its shape.
 
     Raises BadInputError where settings and tensors contradict each other, UnsupportedError for what is not read.

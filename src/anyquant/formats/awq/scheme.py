@@ -6,7 +6,7 @@ Source: transformers 5.17 (AwqConfig, integrations/awq.py), vLLM (auto_awq.py), 
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from anyquant.core.checkpoint import Checkpoint
@@ -16,13 +16,17 @@ from anyquant.core.plan import Plan
 from anyquant.formats.awq.layouts import BITS, EACH, PackedOutputs, layout
 from anyquant.formats.folder.format import FolderFormat
 from anyquant.formats.folder.modules import FLOATS
-from anyquant.formats.folder.scheme import APART, Module, Scheme
+from anyquant.formats.folder.scheme import HEAD_MODULE, Found, Module, Scheme, float_modules
 from anyquant.formats.gptq.reading import measured, named, quantized_paths, settings_of
 from anyquant.formats.gptq.scheme import refuse_modules
 from anyquant.models.architecture import Architecture
 
-HEAD_MODULE = "lm_head"
-PRESETS = {"W4A16_ASYM": "int4-g128-asym", "W4A16_ASYM_G64": "int4-g64-asym", "W4A16": "int4-g128"}
+PRESETS = {
+    "W4A16_ASYM": "int4-g128-asym",
+    "W4A16_ASYM_G64": "int4-g64-asym",
+    "W4A16": "int4-g128",
+    **{grid.upper(): grid for grid in FLOATS},
+}
 HOLDS = f"{', '.join(FLOATS)}, int4-gN and int4-channel (each with -asym and -f16)"
 
 
@@ -32,11 +36,7 @@ class Awq(Scheme):
 
     name: str = "awq"
     candidates: tuple[str, ...] = ("int4-g128-asym",)
-    apart: tuple[Role, ...] = APART
-
-    @property
-    def presets(self) -> Mapping[str, str]:
-        return PRESETS
+    presets: Mapping[str, str] = field(default_factory=lambda: PRESETS)
 
     def layout(self, name: str) -> PackedOutputs:
         found = layout(name)
@@ -55,7 +55,6 @@ class Awq(Scheme):
         sizes = self._sizes(modules)
         if not sizes:
             return {}
-        floats = [module.path for module in modules if module.grid in FLOATS and module.role is not Role.EMBEDDING]
         return {
             "quantization_config": {
                 "quant_method": "awq",
@@ -64,18 +63,18 @@ class Awq(Scheme):
                 "group_size": sizes.pop(),
                 "zero_point": True,
                 "lm_head": any(module.role is Role.HEAD and module.grid not in FLOATS for module in modules),
-                "modules_to_not_convert": [*floats, HEAD_MODULE] if architecture.tied else floats,
+                "modules_to_not_convert": float_modules(architecture, modules),
             }
         }
 
-    def find(self, stored: Checkpoint) -> Mapping[str, tuple[str, tuple[int, int]]]:
+    def find(self, stored: Checkpoint) -> Mapping[str, Found]:
         return find_modules(stored)
 
     def _sizes(self, modules: tuple[Module, ...]) -> set[int]:
         return {self.layout(module.variant).name.group_size for module in modules if module.grid not in FLOATS}
 
 
-def find_modules(stored: Checkpoint) -> dict[str, tuple[str, tuple[int, int]]]:
+def find_modules(stored: Checkpoint) -> Mapping[str, Found]:
     """Path of every quantized module to the name of its layout and its shape.
 
     All are read as asymmetric: zero-points are stored whatever `zero_point` says. Raises BadInputError where settings

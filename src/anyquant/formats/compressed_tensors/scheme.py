@@ -5,8 +5,8 @@ Source: compressed_tensors.quantization.QuantizationConfig (version 0.19), by wh
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -15,10 +15,10 @@ from anyquant.core.linear import Role
 from anyquant.core.plan import Activation, Decision, Plan
 from anyquant.formats.compressed_tensors.inputs import SUFFIXES, arguments, input_scales
 from anyquant.formats.compressed_tensors.layouts import INTEGER, PLAIN, Layout, layout
-from anyquant.formats.compressed_tensors.reading import HEAD_MODULE, find_modules
+from anyquant.formats.compressed_tensors.reading import find_modules
 from anyquant.formats.folder.format import FolderFormat
 from anyquant.formats.folder.modules import FLOATS
-from anyquant.formats.folder.scheme import APART, InputScale, Module, Scheme
+from anyquant.formats.folder.scheme import Found, InputScale, Module, Scheme, float_modules
 from anyquant.grids import grid as find_grid
 from anyquant.models.architecture import Architecture
 
@@ -26,22 +26,22 @@ MIXED = "mixed-precision"
 LINEAR = "Linear"
 
 
+@cache
+def _presets(key: str) -> Mapping[str, str]:
+    """What presets.toml says of each, where it does."""
+    text = (files("anyquant.formats.compressed_tensors") / "presets.toml").read_text(encoding="utf-8")
+    return {name: row[key] for name, row in tomllib.loads(text)["preset"].items() if key in row}
+
+
 @dataclass(frozen=True)
 class CompressedTensors(Scheme):
     """See folder.scheme.Scheme."""
 
     name: str = "compressed-tensors"
+    presets: Mapping[str, str] = field(default_factory=lambda: _presets("grid"))
     candidates: tuple[str, ...] = ("int4-g128", "int4-g32", "int8-g128")
-    apart: tuple[Role, ...] = APART
+    activations: Mapping[str, str] = field(default_factory=lambda: _presets("activations"))
     input_suffixes: tuple[str, ...] = SUFFIXES
-
-    @cached_property
-    def presets(self) -> Mapping[str, str]:
-        return {name: row["grid"] for name, row in _presets().items()}
-
-    @cached_property
-    def activations(self) -> Mapping[str, str]:
-        return {name: row["activations"] for name, row in _presets().items() if "activations" in row}
 
     def variant(self, decision: Decision) -> str:
         """Integers that meet rounded integers lie a byte each, as the engines that multiply them read them."""
@@ -79,20 +79,14 @@ class CompressedTensors(Scheme):
                 "format": formats.pop() if len(formats) == 1 else MIXED,
                 "quantization_status": "compressed",
                 "config_groups": groups,
-                "ignore": _float_modules(architecture, modules),
+                "ignore": float_modules(architecture, modules),
                 "kv_cache_scheme": None,
                 "global_compression_ratio": None,
             }
         }
 
-    def find(self, stored: Checkpoint) -> Mapping[str, tuple[str, tuple[int, int]]]:
+    def find(self, stored: Checkpoint) -> Mapping[str, Found]:
         return find_modules(stored)
-
-
-def _presets() -> Mapping[str, Mapping[str, str]]:
-    text = (files("anyquant.formats.compressed_tensors") / "presets.toml").read_text(encoding="utf-8")
-    table: Mapping[str, Mapping[str, str]] = tomllib.loads(text)["preset"]
-    return table
 
 
 def _groups(modules: tuple[Module, ...]) -> dict[str, dict[str, Any]]:
@@ -112,12 +106,6 @@ def _groups(modules: tuple[Module, ...]) -> dict[str, dict[str, Any]]:
         }
         for number, ((variant, activation), paths) in enumerate(together.items())
     }
-
-
-def _float_modules(architecture: Architecture, modules: tuple[Module, ...]) -> list[str]:
-    """Linear modules that stay in float, in order, the head last; a tied head is a module of its own."""
-    names = [module.path for module in modules if module.grid in FLOATS and module.role is not Role.EMBEDDING]
-    return [*names, HEAD_MODULE] if architecture.tied else names
 
 
 FORMAT = FolderFormat(CompressedTensors())

@@ -85,6 +85,14 @@ class FolderFormat:
         """None: which float type a module could stay in is for a rule to say."""
         return None
 
+    def holds(self, grid: str) -> bool:
+        """Those of the scheme, and float types."""
+        try:
+            self._layout(grid)
+        except UnsupportedError:
+            return False
+        return True
+
     def candidates(self, linear: Linear) -> tuple[str, ...]:
         """Those of the scheme, for what it quantizes."""
         return () if linear.role in self.scheme.apart else self.scheme.candidates
@@ -115,8 +123,10 @@ class FolderFormat:
             reasons += refuse_corrections(decision, self.name)
         for path, linears in _modules(architecture).items():
             decisions = [plan.decisions[linear.name] for linear in linears]
-            if len({(decision.grid, decision.input_activation) for decision in decisions}) > 1:
+            if len({decision.grid for decision in decisions}) > 1:
                 reasons.append(f"{path} is one module and cannot lie on several grids")
+            elif len({decision.input_activation for decision in decisions}) > 1:
+                reasons.append(f"{path} is one module; its inputs are rounded or not")
             if reasons:
                 continue
             shape = (sum(linear.view.rows for linear in linears), linears[0].view.columns)

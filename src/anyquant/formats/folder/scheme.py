@@ -1,8 +1,9 @@
 """What tells one format of quantized Hugging Face folders from another; all else is `folder.format`."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -10,12 +11,15 @@ from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.dtypes import Bytes
 from anyquant.core.errors import UnsupportedError
 from anyquant.core.linear import Linear, Role
-from anyquant.core.plan import Activation, Decision, Plan
-from anyquant.formats.folder.modules import ModuleLayout
+from anyquant.core.plan import EMPTY, Activation, Decision, Plan
+from anyquant.formats.folder.modules import FLOATS, ModuleLayout
 from anyquant.grids import grid as find_grid
 from anyquant.models.architecture import Architecture
 
 APART = (Role.EMBEDDING, Role.HEAD, Role.ROUTER)
+HEAD_MODULE = "lm_head"
+# how a module of a folder is stored: a grid in the way that the scheme writes it, or any layout; and (out, in)
+Found = tuple[str | ModuleLayout, tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -56,35 +60,22 @@ class Module:
         return self.linears[0].role
 
 
-class Scheme(Protocol):
-    """A scheme is a subclass; what it does not say is as here.
+@dataclass(frozen=True)
+class Scheme(ABC):
+    """A format is a subclass with these facts as defaults; what it does not say is as here.
 
-    `presets`: named schemes and the grid of the block Linears. `candidates`: grids that a search may choose from.
-
-    `apart`: roles that `--grid` and presets leave as they are stored.
+    `presets`: named schemes and the grid of the block Linears, "" for as stored; `activations`: those of them that
+    round what enters matrices, and how, as `--activations` says it. `candidates`: grids that a search may choose from.
+    `apart`: roles that `--grid` and presets leave as they are stored. `input_suffixes`: tensors beside a module's own
+    that say how its input is rounded, by the end of their names.
     """
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def presets(self) -> Mapping[str, str]: ...
-
-    @property
-    def candidates(self) -> tuple[str, ...]: ...
-
-    @property
-    def apart(self) -> tuple[Role, ...]: ...
-
-    @property
-    def activations(self) -> Mapping[str, str]:
-        """The presets that round activations, and how: as `--activations` says it."""
-        return {}
-
-    @property
-    def input_suffixes(self) -> tuple[str, ...]:
-        """Tensors beside a module's own that say how its input is rounded, by the end of their names."""
-        return ()
+    name: str
+    presets: Mapping[str, str]
+    candidates: tuple[str, ...]
+    apart: tuple[Role, ...] = APART
+    activations: Mapping[str, str] = field(default_factory=lambda: EMPTY)
+    input_suffixes: tuple[str, ...] = ()
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """Whether config.json says that a folder is of this format."""
@@ -95,12 +86,12 @@ class Scheme(Protocol):
         """The name of the layout for a decision: the grid, where a grid is stored in one way only."""
         return decision.grid
 
+    @abstractmethod
     def layout(self, name: str) -> ModuleLayout:
         """The layout of that name. Raises UnsupportedError for a grid that the format cannot hold, naming those it can.
 
         The name is what `variant` or `find` says.
         """
-        ...
 
     def inputs(self, activation: Activation) -> Sequence[InputScale]:
         """The tensors that a rounded input adds to a module. Raises UnsupportedError for one that cannot be described.
@@ -113,18 +104,33 @@ class Scheme(Protocol):
         """Reasons beyond `layout`'s and `inputs`', before any work."""
         return []
 
+    @abstractmethod
     def config(self, architecture: Architecture, plan: Plan, modules: tuple[Module, ...]) -> Mapping[str, Any]:
         """The keys of config.json that say what is quantized and how, such as "quantization_config"."""
-        ...
 
     def files(self, architecture: Architecture, plan: Plan, modules: tuple[Module, ...]) -> Mapping[str, bytes]:
         """Further small files, by name."""
         return {}
 
-    def find(self, stored: Checkpoint) -> Mapping[str, tuple[str, tuple[int, int]]]:
-        """Path of every quantized module of a folder to the name of its layout and its shape (out, in), from its config
-        and headers.
+    @abstractmethod
+    def find(self, stored: Checkpoint) -> Mapping[str, Found]:
+        """Path of every quantized module of a folder to how it is stored and its shape (out, in), from its config and
+        headers.
 
         Raises BadInputError for what contradicts itself, UnsupportedError for a way of storing that is not read.
         """
-        ...
+
+
+def float_modules(architecture: Architecture, modules: tuple[Module, ...]) -> list[str]:
+    """Linear modules that stay in float, in order, the head last; a tied head is a module of its own."""
+    names = [module.path for module in modules if module.grid in FLOATS and module.role is not Role.EMBEDDING]
+    return [*names, HEAD_MODULE] if architecture.tied else names
+
+
+def refuse_apart(name: str, plan: Plan, modules: tuple[Module, ...]) -> list[str]:
+    """Reasons against quantized embeddings, heads and routers, which most engines load in float only."""
+    return [
+        f"{module.linears[0].name} on {module.grid}: engines load the {module.role.value} of {name} only in float"
+        for module in modules
+        if module.role in APART and module.grid not in FLOATS
+    ]

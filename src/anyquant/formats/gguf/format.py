@@ -57,6 +57,14 @@ class GGUFFormat:
         """The grid that llama.cpp takes for rows that are no multiple of the block."""
         return fallback(grid, linear.view.columns)
 
+    def holds(self, grid: str) -> bool:
+        """llama.cpp's own."""
+        try:
+            layout(grid)
+        except UnsupportedError:
+            return False
+        return True
+
     def candidates(self, linear: Linear) -> tuple[str, ...]:
         """Those of presets.toml; routers stay in float."""
         return () if linear.role is Role.ROUTER else tables().candidates

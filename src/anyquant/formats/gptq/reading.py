@@ -10,6 +10,7 @@ from typing import Any
 
 from anyquant.core.checkpoint import Checkpoint, TensorSpec
 from anyquant.core.errors import BadInputError, UnsupportedError
+from anyquant.formats.folder.scheme import Found
 
 QWEIGHT, QZEROS, SCALES, G_IDX = ".qweight", ".qzeros", ".scales", ".g_idx"
 BITS = (2, 3, 4, 8)
@@ -25,7 +26,7 @@ def settings_of(stored: Checkpoint) -> Mapping[str, Any]:
     return settings
 
 
-def find_modules(stored: Checkpoint) -> dict[str, tuple[str, tuple[int, int]]]:
+def find_modules(stored: Checkpoint) -> Mapping[str, Found]:
     """Path of every quantized module to the name of its layout and its shape.
 
     Raises BadInputError where settings and tensors contradict each other, UnsupportedError for what is not read.

@@ -7,7 +7,7 @@ Source: GPTQModel 7.6 (quantization/config.py, `dynamic`), transformers 5.17 (GP
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from anyquant.core.checkpoint import Checkpoint
@@ -16,7 +16,7 @@ from anyquant.core.linear import Role
 from anyquant.core.plan import Decision, Plan
 from anyquant.formats.folder.format import FUSED, FolderFormat
 from anyquant.formats.folder.modules import FLOATS
-from anyquant.formats.folder.scheme import APART, Module, Scheme
+from anyquant.formats.folder.scheme import APART, Found, Module, Scheme
 from anyquant.formats.gptq.layouts import IntegerGridName, PackedInputs, layout, parse
 from anyquant.formats.gptq.reading import BITS, find_modules
 from anyquant.models.architecture import Architecture
@@ -30,6 +30,7 @@ PRESETS = {
     "W4A16_G32": "int4-g32",
     "W4A16_ASYM": "int4-g128-asym",
     "W8A16": "int8-g128",
+    **{grid.upper(): grid for grid in FLOATS},
 }
 # an option of a decision whose rows come with reordered columns (QTensor.column_groups)
 ORDERED = "act_order"
@@ -43,11 +44,7 @@ class Gptq(Scheme):
 
     name: str = "gptq"
     candidates: tuple[str, ...] = ("int4-g128",)
-    apart: tuple[Role, ...] = APART
-
-    @property
-    def presets(self) -> Mapping[str, str]:
-        return PRESETS
+    presets: Mapping[str, str] = field(default_factory=lambda: PRESETS)
 
     def variant(self, decision: Decision) -> str:
         """The grid, the version of its zero-points, and whether its columns may be reordered."""
@@ -102,7 +99,7 @@ class Gptq(Scheme):
             settings["dynamic"] = dynamic
         return {"quantization_config": settings}
 
-    def find(self, stored: Checkpoint) -> Mapping[str, tuple[str, tuple[int, int]]]:
+    def find(self, stored: Checkpoint) -> Mapping[str, Found]:
         return find_modules(stored)
 
     def _ordered(self, module: Module) -> bool:
