@@ -15,6 +15,9 @@ FORMATS: Registry[Format] = Registry(
     {
         "gguf": "anyquant.formats.gguf.format:FORMAT",
         "compressed-tensors": "anyquant.formats.compressed_tensors.scheme:FORMAT",
+        "auto-round": "anyquant.formats.autoround.scheme:FORMAT",
+        "awq": "anyquant.formats.awq.scheme:FORMAT",
+        "gptq": "anyquant.formats.gptq.scheme:FORMAT",
         "modelopt": "anyquant.formats.modelopt.scheme:FORMAT",
         "quark": "anyquant.formats.quark.scheme:FORMAT",
         "fp8": "anyquant.formats.fp8.scheme:FORMAT",

@@ -129,9 +129,10 @@ class FolderFormat:
                 reasons.append(f"{path} is one module; its inputs are rounded or not")
             if reasons:
                 continue
-            multiple = self._layout(self._variant(decisions[0])).row_multiple
+            shape = (sum(linear.view.rows for linear in linears), linears[0].view.columns)
+            multiple = math.lcm(*(one.per for one in self._layout(self._variant(decisions[0])).tensors(*shape)))
             if any(linear.view.start % multiple for linear in linears):
-                reasons.append(f"{path}: its matrices do not begin at multiples of {multiple} rows, which are packed")
+                reasons.append(f"{path}: its matrices do not begin at multiples of {multiple} rows, which share words")
         for item in architecture.carried:
             dtype = checkpoint.spec(item.tensor).dtype
             if dtype not in FLOAT_GRIDS or plan.carried[item.name] not in ("", dtype):
