@@ -226,7 +226,8 @@ def exact_scales(values: Float32, dtype: str = "F16") -> Bytes:
 def layout(variant: str) -> PackedInputs | None:
     """The layout of a grid's name with flags behind it: ":2" or ":1", ":borrowing", ":order" or ":bare", ":bf16".
 
-    None where the grid is no integer grid with scales by group or row.
+    Without a version it is the one that holds all of the grid. None where the grid is no integer grid with scales by
+    group or row.
     """
     grid, *flags = variant.split(":")
     name = parse(grid)
@@ -234,7 +235,7 @@ def layout(variant: str) -> PackedInputs | None:
         return None
     return PackedInputs(
         name,
-        version=2 if "2" in flags else 1,
+        version=2 if "2" in flags or (name.asymmetric and "1" not in flags) else 1,
         borrowing="borrowing" in flags,
         indexed="bare" not in flags,
         ordered="order" in flags,
