@@ -33,7 +33,7 @@ from anyquant.grids import grid as find_grid
 
 INTEGER = re.compile(r"(int([2-8])-(?:g(\d+)|channel)(-asym)?)(?:-f16)?")
 Scalar = TypeVar("Scalar", bound=np.generic)
-LONG_RUNS = 1024  # rows packed together: they lie side by side, and so fewer and longer pieces are written
+LONG_RUNS = 256  # rows packed together: they lie side by side, and so fewer and longer pieces are written
 
 
 @dataclass(frozen=True)
