@@ -44,6 +44,11 @@ FAMILIES = (
         ),
     ),
     Family(
+        "anyquant.grids.affine",
+        r"affine[234568]-g(32|64|128)",
+        tuple(f"affine{bits}-g{group}" for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)),
+    ),
+    Family(
         "anyquant.grids.fp8",
         r"fp8_(e4m3|e5m2)-(tensor|channel|block)",
         tuple(f"fp8_{kind}-{reach}" for kind in ("e4m3", "e5m2") for reach in ("tensor", "channel", "block")),
