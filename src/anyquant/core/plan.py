@@ -102,7 +102,8 @@ class Unit:
     `grid` is their common grid ("" for a carried tensor). `parts` are names in the Layout. `row_multiple`: row blocks
     handed to `Format.pack` must start and end at multiples of it within each Linear (a row permutation is local to
     such a block). `permutation` names the format's row permutation, or is "". `corrections` are stored beside the
-    codes, where the format has a place for them.
+    codes, where the format has a place for them. `floats`: the type in which the format's layout leaves it to the model
+    to hold scales and the like, where there are such.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Unit:
     row_multiple: int = 1
     permutation: str = ""
     corrections: tuple[CorrectionSpec, ...] = ()
+    floats: str = ""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ FORMATS: Registry[Format] = Registry(
     {
         "gguf": "anyquant.formats.gguf.format:FORMAT",
         "compressed-tensors": "anyquant.formats.compressed_tensors.scheme:FORMAT",
+        "mlx": "anyquant.formats.mlx.scheme:FORMAT",
     },
     "anyquant.formats",
 )

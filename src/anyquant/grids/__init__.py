@@ -55,8 +55,8 @@ FAMILIES = (
     ),
     Family(
         "anyquant.grids.microscaling",
-        r"mxfp4|mxfp6_(e2m3|e3m2)|mxfp8_(e4m3|e5m2)|nvfp4",
-        ("mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2", "nvfp4"),
+        r"mxfp4|mxfp6_(e2m3|e3m2)|mxfp8_(e4m3|e5m2)|nvfp4(-bare)?",
+        ("mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2", "nvfp4", "nvfp4-bare"),
     ),
     Family(
         "anyquant.grids.fourbit",
