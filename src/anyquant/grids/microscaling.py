@@ -165,7 +165,7 @@ class NvGrid(Microscaling):
         if lost > MOST_LOST * all_of_it:
             largest, share = np.abs(weights).max(), lost / all_of_it
             raise UnsupportedError(
-                f"{self.name} has no scale for the whole tensor, and these weights (at most {largest:.1e}) are so small "
+                f"{self.name} has no scale of the tensor, and these weights (at most {largest:.1e}) are so small "
                 f"that their E4M3 scales underflow: {share:.0%} of their squares would be lost; choose mxfp4 or an "
                 "affine grid"
             )

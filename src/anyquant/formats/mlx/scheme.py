@@ -26,6 +26,8 @@ from anyquant.models.architecture import Architecture
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 # settings of yarn that mlx-lm does not read
 UNREAD_YARN = ("attention_factor", "truncate")
+# mode -> bits and group where settings say null (mlx.nn.layers.quantized)
+DEFAULTS = {"affine": (4, 64), "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 SCALES, WEIGHT = ".scales", ".weight"
 
 
@@ -123,6 +125,8 @@ def _read(stored: Checkpoint, path: str, settings: Mapping[str, Any]) -> tuple[s
     if one.get("global_scale"):
         raise UnsupportedError(f"{where}: a scale of the whole tensor is not read from mlx folders")
     mode, bits, group = one.get("mode", "affine"), one.get("bits"), one.get("group_size")
+    usual = DEFAULTS.get(mode, (None, None)) if isinstance(mode, str) else (None, None)
+    bits, group = (default if said is None else said for said, default in zip((bits, group), usual, strict=True))
     kind = layout_of(mode, bits, group) if isinstance(bits, int) and isinstance(group, int) else None
     if kind is None:
         raise UnsupportedError(
