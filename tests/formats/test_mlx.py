@@ -14,9 +14,11 @@ import pytest
 import torch
 import transformers
 
+from anyquant.algorithms.base import Task
 from anyquant.core.checkpoint import Checkpoint, read_tensor
 from anyquant.core.dtypes import Float32
 from anyquant.core.errors import AnyQuantError, BadInputError, UnsupportedError
+from anyquant.core.plan import Decision
 from anyquant.core.qtensor import QTensor
 from anyquant.formats import FORMATS
 from anyquant.formats.folder.format import FolderFormat
@@ -27,6 +29,7 @@ from anyquant.models.detect import detect
 from anyquant.pipeline.artifacts import runtime_name
 from anyquant.pipeline.planner import Model, make_plan
 from anyquant.pipeline.recipe import Recipe, Rule
+from anyquant.pipeline.steps import quantized
 from anyquant.runtimes.mlx import RUNTIME
 from anyquant.store.open import open_checkpoint
 from anyquant.store.safetensors_layout import write_safetensors_header
@@ -293,6 +296,9 @@ def test_scales_that_underflow_are_refused() -> None:
         assert np.mean((theirs - small) ** 2) > 0.1 * np.mean(small**2)
         with pytest.raises(UnsupportedError, match=r"nvfp4-bare .* underflow.*mxfp4"):
             made.quantize(small)
+    decision = Decision("blocks.0.ffn_up", "nvfp4", "nvfp4-bare", "test")
+    with pytest.raises(UnsupportedError, match=r"^blocks.0.ffn_up: nvfp4-bare"):
+        quantized(decision, Task(weights * np.float32(1e-4), made, place="blocks.0.ffn_up"))
     params, codes = made.quantize(np.zeros((8, 256), dtype=np.float32))
     assert not made.decode(codes, params).any()
 
