@@ -13,6 +13,7 @@ EXTRAS = {
     "tokenizers": "torch",
     "xllamacpp": "llamacpp",
     "compressed_tensors": "compressed-tensors",
+    "bitsandbytes": "bitsandbytes",
     "datasets": "datasets",
 }
 

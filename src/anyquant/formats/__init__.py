@@ -8,6 +8,7 @@ FORMATS: Registry[Format] = Registry(
     {
         "gguf": "anyquant.formats.gguf.format:FORMAT",
         "compressed-tensors": "anyquant.formats.compressed_tensors.scheme:FORMAT",
+        "bitsandbytes": "anyquant.formats.bitsandbytes.scheme:FORMAT",
     },
     "anyquant.formats",
 )

@@ -27,9 +27,10 @@ from anyquant.pipeline.certificate import (
 )
 from anyquant.pipeline.measure import ReferenceLogits, answers, compare
 from anyquant.pipeline.recipe import Calibration
-from anyquant.pipeline.targets import expect_libraries
+from anyquant.pipeline.targets import expect_libraries, targets
 from anyquant.pipeline.texts import load_splits, source_tokenizer, usable_context
 from anyquant.runtimes import RUNTIMES
+from anyquant.runtimes.huggingface import RUNTIME, libraries_for
 from anyquant.runtimes.kv_cache import KV_CACHE, CacheTypes, cannot_tell
 from anyquant.runtimes.transformers import TransformersRuntime
 from anyquant.store.gguf import GGUFFile
@@ -133,6 +134,14 @@ def entry_of(artifact: Path) -> Path:
     return inner if artifact.is_dir() and inner.exists() else artifact
 
 
+def _libraries(artifact: Path) -> Sequence[str]:
+    """What the runtime needs to open an artifact."""
+    name = runtime_name(artifact)
+    if name == RUNTIME.name:
+        return libraries_for(artifact) if artifact.is_dir() else ()
+    return next((known.libraries for known in targets().values() if known.runtime == name), ())
+
+
 def _refuse_changed(artifact: Path) -> None:
     """Figures of a file that was changed would be blamed on the rounding; one without a manifest is taken as is."""
     folder = _listed_in(artifact)
@@ -231,8 +240,8 @@ def _certified(record: Record | None, judging: Judging) -> tuple[Calibration, in
 
 def _expect_sound(artifact: Path) -> None:
     """Refuse a damaged, incomplete or changed artifact, and missing libraries, with a reason."""
-    expect_libraries(runtime_name(artifact))
     open_checkpoint(artifact)
+    expect_libraries(_libraries(artifact))
     _refuse_changed(artifact)
 
 

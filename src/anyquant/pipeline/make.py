@@ -104,7 +104,7 @@ class Maker:
         self._refuse_input_as_output()
         planned = self._planned()
         if self.measuring:
-            expect_libraries(request.target.runtime)
+            expect_libraries(request.target.libraries)
         with Stage(request.out, request.overwrite, needed=planned.layout.nbytes) as stage:
             splits, tokenizer = self._texts()
             self.meter.take_baselines((SELECT, CERTIFY) if request.choose else (CERTIFY,), self.progress)

@@ -20,6 +20,11 @@ from anyquant.runtimes.base import Logits, sample
 
 TOKENIZER = "tokenizer.json"
 MAXIMUM_CONFIG = 64 << 20
+# quantization methods that transformers runs on a CPU, and the library that each needs there
+METHODS = {
+    "compressed-tensors": "compressed_tensors",
+    "bitsandbytes": "bitsandbytes",
+}
 
 
 def _config(folder: Path) -> Mapping[str, Any]:
@@ -38,13 +43,34 @@ def _refusals(folder: Path) -> list[str]:
     reasons = []
     if config.get("model_type") not in FAMILIES:
         reasons.append(f"model type {config.get('model_type')!r} is not one of {', '.join(sorted(FAMILIES))}")
-    settings = config.get("quantization_config") or {}
-    method = settings.get("quant_method") if isinstance(settings, dict) and settings else "compressed-tensors"
-    if method != "compressed-tensors":
+    method = _method(config)
+    if method is not None and method not in METHODS:
         reasons.append(f"quantization method {method!r} is not opened here")
     if not (folder / TOKENIZER).is_file():
         reasons.append(f"there is no {TOKENIZER}")
     return reasons
+
+
+def libraries_for(folder: Path) -> tuple[str, ...]:
+    """What opening the folder needs beside transformers."""
+    method = _method(_config(folder))
+    return (METHODS[method],) if method in METHODS else ()
+
+
+def _method(config: Mapping[str, Any]) -> Any:
+    """The quantization method that a config names; None for a model in float."""
+    settings = config.get("quantization_config")
+    return settings.get("quant_method", "") if isinstance(settings, dict) and settings else None
+
+
+def _compute_exactly(model: Any, torch: Any) -> None:
+    """bitsandbytes on a CPU with bfloat16 instructions repacks its weights for them when it first runs, and rounds what
+    they are multiplied with (and a model saved then is another one); elsewhere, too, it goes by the type in the config.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+            module.compute_dtype, module.compute_type_is_set = torch.float32, True
 
 
 class HuggingFaceSession:
@@ -55,6 +81,10 @@ class HuggingFaceSession:
         if threads is not None:
             self._torch.set_num_threads(threads)
         transformers = require("transformers")
+        # what the libraries print on import is not for the user
+        with contextlib.redirect_stderr(io.StringIO()):
+            for library in libraries_for(folder):
+                require(library)
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         model_class = getattr(transformers, FAMILIES[str(_config(folder)["model_type"])][1])
@@ -64,6 +94,7 @@ class HuggingFaceSession:
                 self._model = model_class.from_pretrained(
                     folder, local_files_only=True, use_safetensors=True, dtype=self._torch.float32
                 ).eval()
+                _compute_exactly(self._model, self._torch)
                 with self._torch.no_grad():
                     self._model(self._torch.zeros(1, 1, dtype=self._torch.long))
         except (OSError, ValueError, RuntimeError, KeyError) as error:

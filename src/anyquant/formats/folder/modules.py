@@ -30,7 +30,8 @@ class Along(StrEnum):
 class Stored:
     """One tensor of a module: its name behind the module's (`suffix`), its safetensors type, its shape.
 
-    `per` rows of the matrix take one step along the axis that `along` names.
+    `per` rows of the matrix take `steps` steps along the axis that `along` names: a row of a flattened matrix takes
+    many.
     """
 
     suffix: str
@@ -38,6 +39,7 @@ class Stored:
     shape: tuple[int, ...]
     along: Along = Along.ROWS
     per: int = 1
+    steps: int = 1
 
     @property
     def nbytes(self) -> int:
@@ -47,7 +49,7 @@ class Stored:
         """Where the rows [first, first + rows) of the module lie in the tensor; `first` is a multiple of `per`."""
         if self.along is Along.ONCE:
             return Place(part, 0, self.nbytes, shared=True)
-        start, stop = first // self.per, -(-(first + rows) // self.per)
+        start, stop = first * self.steps // self.per, -(-(first + rows) * self.steps // self.per)
         if self.along is Along.ROWS:
             step = self.nbytes // max(self.shape[0], 1)
             return Place(part, start * step, (stop - start) * step)

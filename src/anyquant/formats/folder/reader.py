@@ -54,7 +54,7 @@ class QuantizedFolder:
         """By the name of the weight they stand for. Raises BadInputError for tensors that are missing or misshapen."""
         found = {}
         for path, (grid, shape) in self.scheme.find(self.stored).items():
-            layout = self.scheme.layout(grid)
+            layout = self.scheme.layout(grid) if isinstance(grid, str) else grid
             tensors = tuple(layout.tensors(*shape))
             for one in tensors:
                 self._expect(path, one)

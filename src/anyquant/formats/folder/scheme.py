@@ -61,9 +61,10 @@ class Scheme(Protocol):
         """Further small files, by name."""
         ...
 
-    def find(self, stored: Checkpoint) -> Mapping[str, tuple[str, tuple[int, int]]]:
+    def find(self, stored: Checkpoint) -> Mapping[str, tuple[str | ModuleLayout, tuple[int, int]]]:
         """Path of every quantized module of a folder to its grid and shape (out, in), from its config and headers.
 
+        In place of the grid a layout, where that differs from the one in which we write the grid.
         Raises BadInputError for what contradicts itself, UnsupportedError for a way of storing that is not read.
         """
         ...
