@@ -45,8 +45,16 @@ bench: $(INSTALLED)
 	$(BIN)/python bench/start.py
 	$(BIN)/python bench/quality.py
 
-readers:
-	@echo "no reader needs an environment of its own yet: llama.cpp and transformers are in the main one"
+# environments of readers whose packages do not fit the main one; tests that need one say so when it is not there
+READERS := $(patsubst tests/readers/%/requirements.txt,.readers/%/.installed,$(wildcard tests/readers/*/requirements.txt))
+
+readers: $(READERS)
+
+.readers/%/.installed: tests/readers/%/requirements.txt
+	test -x .readers/$*/bin/python || $(PYTHON) -m venv .readers/$*
+	.readers/$*/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.readers/$*/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
 
 clean:
 	rm -rf $(VENV) demo-out .pytest_cache .mypy_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""The verbs in Python, the same as on the command line: make, plan, inspect, evaluate (and reproduce), run."""
+"""The verbs in Python, the same as on the command line: make, convert, plan, inspect, evaluate (and reproduce), run."""
 
 import math
 import time
@@ -13,11 +13,12 @@ from anyquant.core.errors import UnsupportedError, UsageError
 from anyquant.core.progress import Progress, Silent
 from anyquant.evaluation.limits import Contract, DropLimit, with_quality
 from anyquant.evaluation.measures import Measures
-from anyquant.formats import rules
+from anyquant.formats import as_model, rules
 from anyquant.grids import names as grid_names
 from anyquant.pipeline import artifacts
 from anyquant.pipeline.certificate import Reproduction
 from anyquant.pipeline.cost import Planned, estimate
+from anyquant.pipeline.decoded import gguf_model
 from anyquant.pipeline.make import Maker
 from anyquant.pipeline.planner import draft_job
 from anyquant.pipeline.prepare import prepare
@@ -27,7 +28,7 @@ from anyquant.pipeline.request import Bounds, Request
 from anyquant.pipeline.rows import Unweighted
 from anyquant.pipeline.sensitivity import Question, Sensitivity, refuse, sensitivities
 from anyquant.pipeline.statistics import gather
-from anyquant.pipeline.targets import Target, neutral
+from anyquant.pipeline.targets import Target, neutral, target_or_format
 from anyquant.pipeline.targets import target as find_target
 from anyquant.pipeline.texts import load_splits, source_tokenizer
 from anyquant.runtimes.base import cores
@@ -47,11 +48,23 @@ def model_path(model: str | Path) -> Path:
 
 
 def source_of(path: Path) -> Checkpoint:
-    """The checkpoint to quantize. Raises UnsupportedError for an artifact."""
+    """The checkpoint to quantize, decoded where it is quantized already. Raises UnsupportedError for a GGUF file."""
     checkpoint = open_checkpoint(path)
     if isinstance(checkpoint, GGUFFile):
         raise UnsupportedError(f"{path}: a GGUF file is no source yet; give the folder of the model it came from")
-    return checkpoint
+    return as_model(checkpoint)
+
+
+def _convertible(path: Path, like: Path | None) -> Checkpoint:
+    """What is to be converted: a quantized folder, or a GGUF file with the folder of the model it came from."""
+    opened = open_checkpoint(path)
+    if isinstance(opened, GGUFFile):
+        if like is None:
+            raise UsageError(f"{path}: has no config.json; name the folder of the model it was made from with --like")
+        return gguf_model(path, source_of(like))
+    if like is not None:
+        raise UsageError(f"--like is for GGUF files, and {path} has a config.json of its own; leave it out")
+    return as_model(opened)
 
 
 def _recipe(
@@ -134,7 +147,9 @@ def make(
     wish = _recipe(recipe, preset, grid, data_free, text)
     goal = _target(target, wish)
     choose = not _says_what(wish) and not limits.empty
-    if choose and not goal.runtime:
+    if limits.max_drop and goal.schema_only:
+        raise UsageError(f"--max-drop runs the artifact, and nothing here runs one for {goal.name}")
+    if choose and goal.neutral:
         raise UsageError("a quality needs a target to be measured in; name one with --for")
     if not choose:
         _refuse_idle(wish, budget, sensitivity)
@@ -153,6 +168,49 @@ def make(
         memory=memory,
         bounds=Bounds(None if budget is None else 60 * budget),
         sensitivity=None if sensitivity is None else Path(sensitivity),
+    )
+    return Maker(request, progress or Silent(), time.monotonic).make()
+
+
+def convert(
+    source: str | Path,
+    *,
+    to: str,
+    out: str | Path,
+    like: str | Path | None = None,
+    grid: str | None = None,
+    embedding: str | None = None,
+    head: str | None = None,
+    text: str | Path | None = None,
+    tokens: int | None = None,
+    context: int | None = None,
+    overwrite: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Write a quantized model in another format, with the codes that it has, and prove it in that format's runtime.
+
+    `source` is a quantized Hugging Face folder, or a GGUF file with `like`, the folder of the model it was made from.
+    `to` names a target or a format. `grid` is that of all quantized matrices; without it each takes the smallest of the
+    target's that holds its codes, and it is an error when there is none. `embedding` and `head` as in `make`. The
+    ledger says of every matrix: exact, rescaled or re-rounded. What was made is measured on `text`.
+
+    Raises subclasses of AnyQuantError.
+    """
+    checkpoint = _convertible(model_path(source), None if like is None else model_path(like))
+    usual = Calibration(data_free=True, text=None if text is None else str(text))
+    calibration = replace(usual, tokens=tokens or usual.tokens, context=context or usual.context)
+    request = Request(
+        location=str(source),
+        checkpoint=checkpoint,
+        target=target_or_format(to),
+        recipe=canonical(Recipe(grid=grid, embedding=embedding, head=head, calibration=calibration)),
+        contract=Contract(),
+        choose=False,
+        out=Path(out),
+        overwrite=overwrite,
+        threads=threads or cores(),
+        transcode=True,
     )
     return Maker(request, progress or Silent(), time.monotonic).make()
 
@@ -287,6 +345,7 @@ __all__ = [
     "Recipe",
     "Report",
     "Sensitivity",
+    "convert",
     "evaluate",
     "inspect",
     "make",

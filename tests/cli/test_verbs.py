@@ -284,3 +284,29 @@ def test_a_size_is_judged_without_measuring(model: Model, tmp_path: Path, limit:
     assert report.status == status
     assert report.sentences[0] == "Nothing was measured."
     assert f"size {report.nbytes} bytes" in report.sentences[1]
+
+
+def test_convert(call: Call, model: Model, text: Path, tmp_path: Path) -> None:
+    """A folder becomes a GGUF file that llama.cpp runs, and a folder again."""
+    source, folder, file = model("llama"), tmp_path / "folder", tmp_path / "file"
+    assert call("make", source, "--for", "vllm", "--preset", "W4A16", "--data-free", "-q", "-o", folder).code == 0
+    made = call("convert", folder, "--to", "gguf", "--text", text, *SHORT, "--json", "-o", file)
+    assert made.code == 0, made.err
+    report = json.loads(made.out)
+    assert report["status"] == "measured" and report["loss"]["mean_kl"][0] < 1e-2
+    assert any("quantized matrices" in sentence and "exact" in sentence for sentence in report["sentences"])
+    lines = {line["name"]: line for line in report["ledger"]["lines"]}
+    assert lines["blocks.0.attn_q"]["reason"].endswith(": exact") and lines["blocks.0.attn_q"]["error"] == 0
+    back = ("--like", source, "--to", "vllm", "--text", text, *SHORT, "-o", tmp_path / "back")
+    again = call("convert", file / "model.gguf", *back)
+    assert again.code == 0, again.err
+    for arguments, code, said in (
+        ((file / "model.gguf", "--to", "vllm"), 2, "--like"),
+        ((folder, "--to", "gguf", "--like", source), 2, "--like is for GGUF files"),
+        ((source, "--to", "gguf"), 6, "nothing in it is quantized"),
+        ((folder, "--to", "gguff"), 2, "did you mean gguf?"),
+        ((tmp_path / "nothing", "--to", "gguf"), 5, "no such file or folder"),
+    ):
+        refused = call("convert", *arguments, "-q", "-o", tmp_path / "refused")
+        assert refused.code == code and said in refused.err, refused.err
+        assert not (tmp_path / "refused").exists()

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from anyquant.contract.allocate import BudgetTooSmallError, Candidate, Choice, Group, allocate, curve
-from anyquant.contract.measured import Margin, Measured, at_least, at_most, difference
+from anyquant.contract.measured import Margin, Measured, at_least, at_most, difference, likely
 from anyquant.contract.search import Effort, Ended, Outcome, Problem, Seen, best_within_bytes, smallest_within_limits
 from anyquant.evaluation.bootstrap import estimate, ratio
 
@@ -294,7 +295,7 @@ def test_scores_of_any_limit(limit: float) -> None:
     """The sign is that of the cautious value against the limit, for limits and values of either sign."""
     for value in (-2.0, -0.1, 0.0, 0.01, 0.019, 0.03, 5.0):
         margin = Margin("drop", value, 0.001, limit)
-        assert margin.cautious() == pytest.approx(value + (1.6449 + 1.8124) * 0.001, abs=1e-6)
+        assert margin.cautious() == pytest.approx(value + (1.6449 + 2.0871) * 0.001, abs=1e-6)
         assert (margin.score() <= 0) == (margin.cautious() <= limit)
     assert Margin("drop", math.nan, 0.0, limit).score() > 0
 
@@ -321,7 +322,7 @@ def test_what_passes_is_certified_nine_times_in_ten_and_a_false_pass_is_rare() -
     def draw(mean: float) -> tuple[float, float]:
         return ratio(mean * rng.gamma(1 / spread**2, spread**2, DOCUMENTS), counts)
 
-    room = 1 / (1 + 3.457 * spread / math.sqrt(DOCUMENTS))
+    room = 1 / (1 + 3.732 * spread / math.sqrt(DOCUMENTS))
     certified, false = [], 0
     for _ in range(trials):
         value, error = draw(room)
@@ -383,3 +384,12 @@ def test_a_metric_that_nothing_changes_is_kept_by_the_smallest() -> None:
     assert found.best is not None
     smallest = allocate(tested.groups, sum(min(c.nbytes for c in group.candidates) for group in tested.groups)).nbytes
     assert found.best.nbytes - HEADER < 1.05 * smallest
+
+
+def test_students_quantiles() -> None:
+    """Against scipy's inverse."""
+    for documents in (5, 8, 14, 20, 43, 1000):
+        assert likely(documents) == pytest.approx(float(stats.t.ppf(0.93, documents - 1)), rel=3e-3)
+    assert likely(None) == pytest.approx(float(stats.norm.ppf(0.93)), abs=1e-6) and likely(1) == math.inf
+    few, many = (Margin("", 1.0, 0.1, 2.0, None, documents) for documents in (8, 1000))
+    assert few.cautious() > many.cautious()

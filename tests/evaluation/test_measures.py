@@ -12,7 +12,7 @@ import scipy.stats
 from anyquant.core.errors import BadInputError, UsageError
 from anyquant.evaluation.bootstrap import Estimate
 from anyquant.evaluation.limits import Contract, contract_for
-from anyquant.evaluation.measures import Comparison, Measures, tail_bound
+from anyquant.evaluation.measures import Comparison, Measures, resampled_tails
 from anyquant.evaluation.verdict import Status, judge
 
 Logits = npt.NDArray[np.float32]
@@ -151,7 +151,7 @@ def test_tail_bound_lies_above_the_quantile_and_near_the_binomial_one() -> None:
     values = np.sort(np.concatenate(parts))
     # independent tokens: the order statistic that the binomial distribution gives
     rank = int(scipy.stats.binom.ppf(0.95, len(values), 0.999))
-    bound = tail_bound(parts)
+    bound = float(np.quantile(resampled_tails(parts), 0.95))
     assert np.quantile(values, 0.999) < bound
     assert bound == pytest.approx(values[rank], rel=0.05)
 
@@ -170,3 +170,14 @@ def test_a_missing_bound_is_inconclusive() -> None:
     nan = math.nan
     holes = replace(found, mean_kl=Estimate(0.0, nan, nan, nan, (nan, nan), 40, True))
     assert judge(holes, Contract(max_kl=1.0)).status is Status.INCONCLUSIVE
+
+
+def test_the_error_of_the_tail_is_that_of_drawing_documents_again() -> None:
+    """Against np.quantile of the concatenated documents, drawn by another hand."""
+    rng = np.random.default_rng(5)
+    parts = [rng.exponential(scale, 400) for scale in rng.uniform(0.5, 2.0, 30)]
+    slow = [
+        float(np.quantile(np.concatenate([parts[i] for i in rng.integers(30, size=30)]), 0.999, method="higher"))
+        for _ in range(600)
+    ]
+    assert float(resampled_tails(parts).std(ddof=1)) == pytest.approx(float(np.std(slow, ddof=1)), rel=0.12)

@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 
 from anyquant.core.dtypes import Float32, bfloat16_to_float32, float32_to_bfloat16
 from anyquant.core.qtensor import QTensor
 from anyquant.grids import grid, integer, scales
 
-NAMES = ["int2-g64", "int3-g16", "int4-g128", "int4-g32", "int5-g64", "int8-g256"]
+NAMES = ["int2-g64", "int3-g16", "int4-g128", "int4-g32", "int5-g64", "int8-g256", "int4-g128-f16"]
 
 
 def weights_of(kind: str, rows: int = 12, columns: int = 768) -> Float32:
@@ -19,7 +20,7 @@ def weights_of(kind: str, rows: int = 12, columns: int = 768) -> Float32:
 
 def errors(name: str, weights: Float32, scale: Float32, importance: Float32 | None) -> Float32:
     """Weighted squared error of each group under given scales, from the definition."""
-    bits, group = int(name[3]), int(name.split("g")[1])
+    bits, group = int(name[3]), grid(name).block[1]
     x = weights.astype(np.float64).reshape(len(weights), -1, group)
     d = scale.astype(np.float64)[..., None]
     levels = np.clip(
@@ -62,11 +63,13 @@ def test_compiled_search_equals_the_plain_one(name: str, important: bool) -> Non
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_scales_are_positive_bfloat16_and_values_are_scale_times_code(name: str) -> None:
+def test_scales_are_positive_of_16_bits_and_values_are_scale_times_code(name: str) -> None:
     made, weights = grid(name), weights_of("normal")
     params, codes = made.quantize(weights)
     scale = params["scale"]
-    assert (scale.view(np.uint32) & 0xFFFF == 0).all() and (scale > 0).all()
+    stored = torch.from_numpy(scale).to(torch.float16 if name.endswith("f16") else torch.bfloat16)
+    np.testing.assert_array_equal(stored.float().numpy(), scale)
+    assert (scale > 0).all()
     assert codes.min() >= -(2 ** (made.code_bits - 1)) and codes.max() <= 2 ** (made.code_bits - 1) - 1
     tensor = QTensor(grid=made, shape=(12, 768), codes=codes, params=params)
     expected = np.repeat(scale, made.block[1], axis=1) * codes.astype(np.float32)

@@ -9,6 +9,7 @@ from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import dequantize
 from compressed_tensors.quantization.utils.helpers import calculate_qparams, generate_gparam
+from compressed_tensors.quantization.utils.mxfp_utils import generate_mx_scales
 
 from anyquant.core.dtypes import Float32
 from anyquant.core.grid import Grid, Params
@@ -108,7 +109,9 @@ def test_no_group_is_worse_than_plain_and_all_are_near_the_best_scale(name: str,
     importance = importance_of() if important else np.ones(256, dtype=np.float32)
     params, plain = made.fit(weights, importance if important else None), made.plain(weights)
     ours, theirs = (group_errors(made, weights, chosen, importance) for chosen in (params, plain))
-    assert (ours <= theirs * (1 + 1e-5)).all() and ours.sum() < theirs.sum() * 0.995
+    assert (ours <= theirs * (1 + 1e-5)).all()
+    standard = plain if name == "nvfp4" else {"scale": ocp_exponents(made, weights)}
+    assert ours.sum() < group_errors(made, weights, standard, importance).sum() * 0.995
     best = np.full(ours.shape, np.inf)
     for scale in range(127 if name == "nvfp4" else 255):
         tried = {**params, "scale": np.full_like(params["scale"], scale)}
@@ -117,12 +120,21 @@ def test_no_group_is_worse_than_plain_and_all_are_near_the_best_scale(name: str,
     assert ours.sum() <= best.sum() * 1.0001 and (ours <= best * 1.05).all()
 
 
-@pytest.mark.parametrize("name", NAMES[:5])
-def test_plain_is_the_ocp_rule(name: str) -> None:
-    made, weights = grid(name), weights_of("heavy")
+def ocp_exponents(made: Grid, weights: Float32) -> npt.NDArray[np.uint8]:
+    """OCP MX 1.0, section 6.3."""
     largest = np.abs(weights).reshape(12, -1, 32).max(axis=2).astype(np.float64)
     exponent = np.floor(np.log2(largest)) - made.kind.top_exponent  # type: ignore[attr-defined]
-    np.testing.assert_array_equal(made.plain(weights)["scale"], exponent + 127)
+    return (exponent + 127).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("name", "bits"), [("mxfp4", 4), ("mxfp8_e4m3", 8)])
+def test_plain_is_the_rule_of_compressed_tensors(name: str, bits: int) -> None:
+    weights = weights_of("heavy")
+    weights[0, 0] = 1.75 * 2.0**9  # exactly on the border
+    largest = torch.from_numpy(np.abs(weights).reshape(12, -1, 32).max(axis=2))
+    expected = generate_mx_scales(largest, bits).numpy()
+    np.testing.assert_array_equal(grid(name).plain(weights)["scale"], expected)
+    assert not grid(name).plain(np.zeros((2, 64), np.float32))["scale"].any()
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-3, 1e4])

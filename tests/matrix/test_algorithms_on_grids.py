@@ -57,8 +57,9 @@ def test_codes_and_parameters_are_what_the_grid_declares(algorithm: str, grid_na
 
 def _fits(array: np.ndarray, bits: int) -> bool:
     """Whether no value needs more bits than are paid for."""
-    if array.dtype == np.float32 and bits == 16:  # bfloat16
-        return not (array.view(np.uint32) & 0xFFFF).any()
+    if array.dtype == np.float32 and bits == 16:
+        bfloat16 = not (array.view(np.uint32) & 0xFFFF).any()
+        return bfloat16 or np.array_equal(array.astype(np.float16).astype(np.float32), array)
     if array.dtype.kind == "f":
         return bits == 8 * array.dtype.itemsize and bool(np.isfinite(array).all())
     wide = array.astype(np.int64)

@@ -68,6 +68,7 @@ KEYS = [
     "model",
     "family",
     "target",
+    "proof",
     "label",
     "artifact",
     "chain",

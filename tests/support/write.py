@@ -1,12 +1,16 @@
 """The shortest way from a checkpoint to an artifact: what the pipeline does, without threads, stages and checks."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from anyquant.core.checkpoint import Checkpoint, read_tensor, read_view
 from anyquant.core.dtypes import Float32
+from anyquant.core.grid import Params
 from anyquant.core.linear import Carried, Linear
-from anyquant.core.plan import Chunk, Decision, Layout, Plan
+from anyquant.core.plan import EMPTY, Activation, Chunk, Decision, Layout, Plan, Unit
 from anyquant.core.qtensor import QTensor
 from anyquant.formats import FORMATS
 from anyquant.formats.base import Format
@@ -38,13 +42,24 @@ def write(
     architecture: Architecture,
     folder: Path,
     chosen: str | Mapping[str, str],
-    target: str = "gguf",
+    target: str | Format = "gguf",
     change: Change | None = None,
+    plan: Plan | None = None,
+    maxima: Mapping[str, float] = EMPTY,
+    inputs: Mapping[str, Activation | None] | None = None,
 ) -> Layout:
-    """Write an artifact into `folder`, with one grid for every Linear or one for each. Returns its layout."""
-    form = FORMATS.get(target)
+    """Write an artifact into `folder`, with one grid for every Linear or one for each, or a whole `plan`.
+
+    Returns its layout. `maxima`: what enters Linears at most, where inputs have a static scale. `inputs` says
+    by Linear how what enters it is rounded.
+    """
+    form = FORMATS.get(target) if isinstance(target, str) else target
     grids = {linear.name: chosen for linear in architecture.linears} if isinstance(chosen, str) else chosen
-    plan = make_plan(form, architecture, grids, chosen if isinstance(chosen, str) else "mixed", form.default_carried)
+    label = chosen if isinstance(chosen, str) else "mixed"
+    plan = plan or make_plan(form, architecture, grids, label, form.default_carried)
+    if inputs is not None:
+        decisions = {name: replace(one, input_activation=inputs.get(name)) for name, one in plan.decisions.items()}
+        plan = replace(plan, decisions=decisions)
     reasons = form.refuses(architecture, plan, checkpoint)
     if reasons:
         raise ValueError("; ".join(reasons))
@@ -54,7 +69,8 @@ def write(
         with (folder / file.path).open("wb") as stream:
             stream.write(file.prefix)
             stream.truncate(file.nbytes)
-    for chunk in _chunks(form, layout, checkpoint, architecture, change):
+    inputs = [chunk for unit in layout.units for chunk in form.inputs(unit, architecture, plan, maxima)]
+    for chunk in [*_chunks(form, layout, checkpoint, architecture, change), *inputs]:
         place, data = chunk.place, memoryview(chunk.data).cast("B")
         file, part = layout.locate()[place.part]
         with (folder / file.path).open("r+b") as stream:
@@ -62,6 +78,15 @@ def write(
                 stream.seek(part.offset + place.offset + run * place.pitch)
                 stream.write(data[run * place.nbytes : (run + 1) * place.nbytes])
     return layout
+
+
+def _shared(unit: Unit, checkpoint: Checkpoint, architecture: Architecture) -> Params | None:
+    """Tensor-wide parameters, one for all Linears of a unit."""
+    grid = find_grid(unit.grid)
+    if not grid.tensor_wide:
+        return None
+    views = [architecture.by_name[name].view for name in unit.linears]
+    return grid.prepare(max(float(np.abs(read_view(checkpoint, view, 0, view.rows)).max()) for view in views))
 
 
 def _chunks(
@@ -83,7 +108,7 @@ def _chunks(
                 weights = read_view(checkpoint, linear.view, first, last)
                 weights = change(linear, weights) if change else weights
                 grid = find_grid(unit.grid)
-                params, codes = grid.quantize(weights)
+                params, codes = grid.quantize(weights, None, _shared(unit, checkpoint, architecture))
                 rows = QTensor(grid, (last - first, linear.view.columns), codes, params)
                 chunks += form.pack(unit, architecture, name, first, rows)
     return chunks

@@ -16,6 +16,7 @@ from anyquant.core.errors import BadInputError, InconclusiveError
 from anyquant.core.extras import require
 from anyquant.demo.text import split_documents
 
+ENOUGH_TO_SELECT = 20  # documents
 Chat = Callable[[list[dict[str, Any]], list[Any] | None, str], str]
 
 
@@ -166,6 +167,8 @@ def _boundaries(documents: Sequence[Document], amounts: Amounts) -> tuple[int, i
     total = sum(amounts.tokens)
     certify = max(amounts.documents[2], round(count * amounts.tokens[2] / total))
     select = max(amounts.documents[1], round(count * amounts.tokens[1] / total))
+    # few documents make a search less sure of what it promises than fewer to calibrate on would
+    select = max(select, min(ENOUGH_TO_SELECT, count - certify - amounts.documents[0]))
     second = _source_start(documents, max(0, count - certify))
     first = _source_start(documents, max(0, second - select))
     return first, second

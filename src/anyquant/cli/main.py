@@ -15,6 +15,7 @@ from anyquant.core.errors import AnyQuantError, BadInputError
 # verb -> one line of help, so that `--help` imports nothing
 VERBS = {
     "make": "Quantize a model for a target, prove it in the runtime, publish it with a report.",
+    "convert": "Write a quantized model in another format, with the codes that it has.",
     "plan": "Dry run: every tensor, its grid, exact bytes, memory and time; nothing is written.",
     "sensitivity": "What each part of a model loses on each grid, estimated.",
     "inspect": "What a checkpoint or an artifact holds.",

@@ -2,11 +2,13 @@
 
 The certificate is judged on another split, and passes when its own upper bound, value_c + 1.645 SE_c, lies within the
 limit. Both splits are samples: value_c - value_s has the standard error sqrt(SE_s^2 + SE_c^2). For the certificate to
-pass with 90 % probability (1.2816 standard errors), the value on *select* must satisfy
+pass with 90 % probability, the value on *select* must satisfy
 
-    value_s + 1.645 SE_c + 1.2816 sqrt(SE_s^2 + SE_c^2) <= limit,
+    value_s + 1.645 SE_c + t sqrt(SE_s^2 + SE_c^2) <= limit,
 
-for splits of one size value_s + (1.645 + 1.812) SE <= limit. Where the bootstrap gave an upper bound, its distance from
+t a quantile of Student's distribution with as many degrees of freedom as *select* has documents but one: their spread
+is an estimate, too. It is that of 93 %, as the bound of a skewed value varies with it, and more than it does: then
+90 to 92 % are certified, by drawing documents of real models (bench/honesty.py). Where the bootstrap gave an upper bound, its distance from
 the value takes the place of 1.645 SE: divergences are skewed.
 """
 
@@ -18,24 +20,29 @@ from anyquant.evaluation.bootstrap import Estimate, ratio
 from anyquant.evaluation.kl import Float64
 
 BOUND = 1.6449  # standard errors of a one-sided 95 % bound
-LIKELY = 1.2816  # and of 90 %
+LIKELY = 1.475791  # and of 93 %, where the standard error is known
 _FAR = 5.0  # scores are cut here: e^5 times the limit says only that it is far
 
 
 @dataclass(frozen=True)
 class Margin:
-    """One limit: `value <= limit` is wanted, whatever its name says; `upper` is the value's one-sided 95 % bound."""
+    """One limit: `value <= limit` is wanted, whatever its name says; `upper` is the value's one-sided 95 % bound.
+
+    `documents` are those that the standard error was estimated from; None: so many that it is known.
+    """
 
     name: str
     value: float
     standard_error: float
     limit: float
     upper: float | None = None
+    documents: int | None = None
 
     def cautious(self, spread: float = 1.0) -> float:
         """The value with the room it needs; `spread` is SE_c / SE_s, about sqrt(documents of select / of certify)."""
         upper = self.value + BOUND * self.standard_error if self.upper is None else self.upper
-        return self.value + spread * (upper - self.value) + LIKELY * math.hypot(1.0, spread) * self.standard_error
+        apart = likely(self.documents) * math.hypot(1.0, spread) * self.standard_error
+        return self.value + spread * (upper - self.value) + apart
 
     def score(self, spread: float = 1.0) -> float:
         """At most 0 exactly if the cautious value is within the limit; log(cautious / limit) where that exists."""
@@ -49,13 +56,33 @@ class Margin:
         return min(max(score, -_FAR), _FAR)
 
 
+def likely(documents: int | None) -> float:
+    """Standard errors of a one-sided 93 % bound, the error estimated from so many documents: Student's quantile.
+
+    By the expansion of Abramowitz & Stegun 26.7.5, right to 0.3 % from 5 documents on.
+    """
+    if documents is None:
+        return LIKELY
+    if documents < 2:
+        return math.inf
+    z, freedom = LIKELY, documents - 1
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + math.fsum(term / freedom**power for power, term in enumerate(terms, 1))
+
+
 def at_most(name: str, estimate: Estimate, limit: float) -> Margin:
-    return Margin(name, estimate.value, estimate.standard_error, limit, estimate.upper)
+    return Margin(name, estimate.value, estimate.standard_error, limit, estimate.upper, estimate.documents)
 
 
 def at_least(name: str, estimate: Estimate, limit: float, *, perfect: float = 1.0) -> Margin:
     """A limit from below, turned around: what is missing to `perfect` must be at most what the limit leaves."""
-    return Margin(name, perfect - estimate.value, estimate.standard_error, perfect - limit, perfect - estimate.lower)
+    value, upper = perfect - estimate.value, perfect - estimate.lower
+    return Margin(name, value, estimate.standard_error, perfect - limit, upper, estimate.documents)
 
 
 @dataclass(frozen=True)

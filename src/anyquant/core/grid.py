@@ -129,6 +129,14 @@ class Grid(ABC):
         """The values that each weight can take under `params`; None for grids that are not scalar (`vector` > 1)."""
         return None
 
+    def hold(self, levels: npt.NDArray[np.int32], scale: Float32, shift: Float32) -> tuple[Params, Codes] | None:
+        """Parameters and codes of the values scale * level + shift, without choosing levels anew.
+
+        `levels` (rows, in); `scale`, which may be negative, and `shift` (rows, groups of neighbouring columns). What is
+        stored is rounded to the types of the parameters. None where the grid has no place for these levels or groups.
+        """
+        return None
+
     @abstractmethod
     def quantize(
         self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None

@@ -80,6 +80,13 @@ class Plan:
     transforms: tuple[Step, ...] = ()
     config_patch: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
 
+    def tied(self, linear: str) -> tuple[str, ...]:
+        """The Linears of its tie group, itself among them: an engine stores them as one matrix."""
+        group = self.decisions[linear].tie_group
+        if group is None:
+            return (linear,)
+        return tuple(name for name, decision in self.decisions.items() if decision.tie_group == group)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -102,7 +109,8 @@ class Unit:
     `grid` is their common grid ("" for a carried tensor). `parts` are names in the Layout. `row_multiple`: row blocks
     handed to `Format.pack` must start and end at multiples of it within each Linear (a row permutation is local to
     such a block). `permutation` names the format's row permutation, or is "". `corrections` are stored beside the
-    codes, where the format has a place for them.
+    codes, where the format has a place for them. `variant` is the format's name for one of several ways to store the
+    grid. `inputs` are parts that say how the input of the Linears is rounded.
     """
 
     name: str
@@ -113,6 +121,8 @@ class Unit:
     row_multiple: int = 1
     permutation: str = ""
     corrections: tuple[CorrectionSpec, ...] = ()
+    variant: str = ""
+    inputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from anyquant.evaluation.bootstrap import ENOUGH_DOCUMENTS, Estimate, estimate
 from anyquant.evaluation.kl import TAIL_TOKENS, Float64, divergence, log_softmax, same_vocabulary, tail_quantile
 from anyquant.evaluation.perplexity import negative_log_likelihood, perplexity
 
+CONFIDENCE = 0.95  # of one-sided bounds
 _ELEMENTS = 1 << 20  # logits widened to float64 at once
 
 
@@ -41,8 +42,9 @@ class DocumentValues:
 class Measures:
     """`mean_kl` in nats per token; `same_top` a share of 0 to 1; `ppl_ratio` candidate / reference, paired.
 
-    `kl_99_9` is the 99.9 % quantile over tokens and `kl_99_9_upper` its one-sided 95 % bound, NaN below 50k tokens,
-    where nothing is certified. `nonfinite` positions make every value that they touch NaN or inf; none is left out.
+    `kl_99_9` is the 99.9 % quantile over tokens, with its standard error, and `kl_99_9_upper` its one-sided 95 % bound,
+    NaN below 50k tokens, where nothing is certified. `nonfinite` positions make every value that they touch NaN or inf;
+    none is left out.
     `conclusive`: at least 30 documents, all values finite.
     """
 
@@ -50,6 +52,7 @@ class Measures:
     tokens: int
     mean_kl: Estimate
     kl_99_9: float
+    kl_99_9_error: float
     kl_99_9_upper: float
     kl_99_9_certified: bool
     kl_max: float
@@ -120,12 +123,14 @@ class Comparison:
         everything = np.concatenate(per_document)
         certified = len(everything) >= TAIL_TOKENS and len(rows) >= ENOUGH_DOCUMENTS
         nonfinite = sum(row.nonfinite for row in rows)
+        tails = None if nonfinite or len(rows) < 2 else resampled_tails(per_document, seed)
         return Measures(
             documents=len(rows),
             tokens=len(everything),
             mean_kl=mean_kl,
             kl_99_9=tail_quantile(everything),
-            kl_99_9_upper=tail_bound(per_document, seed) if certified and not nonfinite else math.nan,
+            kl_99_9_error=math.nan if tails is None else float(tails.std(ddof=1)),
+            kl_99_9_upper=float(np.quantile(tails, CONFIDENCE)) if certified and tails is not None else math.nan,
             kl_99_9_certified=certified and not nonfinite,
             kl_max=float(everything.max()),
             same_top=agreement,
@@ -139,8 +144,8 @@ class Comparison:
         )
 
 
-def tail_bound(divergences: list[Float64], seed: int = 0, confidence: float = 0.95, replicates: int = 1000) -> float:
-    """One-sided upper bound of the 99.9 % quantile: percentile bootstrap over documents."""
+def resampled_tails(divergences: list[Float64], seed: int = 0, replicates: int = 1000) -> Float64:
+    """The 99.9 % quantile in samples of documents with replacement: its spread, and the percentile bound, follow."""
     values = np.concatenate(divergences)
     sizes = np.array([len(part) for part in divergences])
     owners = np.repeat(np.arange(len(divergences)), sizes)
@@ -152,7 +157,7 @@ def tail_bound(divergences: list[Float64], seed: int = 0, confidence: float = 0.
         drawn = np.bincount(generator.integers(len(sizes), size=len(sizes)), minlength=len(sizes))
         above = np.cumsum(drawn[owners])
         quantiles[replicate] = values[np.searchsorted(above, 0.001 * above[-1])]
-    return float(np.quantile(quantiles, confidence))
+    return quantiles
 
 
 def _accumulate(

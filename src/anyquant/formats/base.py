@@ -52,6 +52,10 @@ class Rules(Protocol):
         """Linear name to (grid, reason) of a named mixture. Raises UsageError for an unknown name."""
         ...
 
+    def activations(self, preset: str) -> str | None:
+        """How a named mixture rounds activations, as `--activations` says it; None where it does not."""
+        ...
+
     def default_grid(self, linear: Linear, architecture: Architecture, grid: str, source: str) -> tuple[str, str]:
         """(grid, reason) of an embedding, head or router when the block Linears go on `grid`.
 
@@ -61,6 +65,10 @@ class Rules(Protocol):
 
     def fallback(self, grid: str, linear: Linear) -> str | None:
         """The grid used where the Linear's shape does not lie on `grid`, or None when there is none."""
+        ...
+
+    def holds(self, grid: str) -> bool:
+        """Whether there is a place for a matrix on the grid, as far as its name tells."""
         ...
 
     def candidates(self, linear: Linear) -> tuple[str, ...]:
@@ -106,6 +114,13 @@ class Format(Rules, Protocol):
 
     def carry(self, unit: Unit, architecture: Architecture, values: Float32) -> list[Chunk]:
         """The bytes of a carried tensor."""
+        ...
+
+    def inputs(self, unit: Unit, architecture: Architecture, plan: Plan, maxima: Mapping[str, float]) -> list[Chunk]:
+        """The bytes of the unit's `inputs`; `maxima`: the largest magnitude that enters a Linear, by its name.
+
+        Raises AnyQuantError when one is missing.
+        """
         ...
 
     def stamp(self, file: TargetFile, certificate: Certificate) -> bytes | None:

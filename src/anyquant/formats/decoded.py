@@ -13,6 +13,7 @@ from anyquant.core.errors import AnyQuantError, BadInputError, UnsupportedError
 from anyquant.core.linear import Carried, Linear
 from anyquant.core.plan import EMPTY, Place, Unit
 from anyquant.core.qtensor import QTensor
+from anyquant.grids import grid as find_grid
 from anyquant.models.architecture import Architecture
 
 BLOCK_WEIGHTS = 1 << 22  # decoded at a time
@@ -91,6 +92,22 @@ class DecodedArtifact:
                 place = linear.view.start + first - start
                 self._decode(linear, first, last, values[place : place + last - first])
 
+    def grid_of(self, tensor: str) -> str | None:
+        """The grid of a tensor all of whose Linears lie on one, other than a float grid; None for any other."""
+        grids = {self._units[linear.name].grid for linear in self._linears.get(tensor, [])}
+        grid = grids.pop() if len(grids) == 1 else None
+        return None if grid is None or find_grid(grid).family == "floating" else grid
+
+    def quantized_rows(self, tensor: str, start: int, stop: int) -> QTensor:
+        """Rows [start, stop) of a tensor, all of one Linear."""
+        linear = next(
+            one for one in self._linears[tensor] if one.view.start <= start and stop <= one.view.start + one.view.rows
+        )
+        first, last = start - linear.view.start, stop - linear.view.start
+        multiple = self._units[linear.name].row_multiple
+        low, high = first // multiple * multiple, min(-(-last // multiple) * multiple, linear.view.rows)
+        return self._unpacked(linear, low, high).rows(first - low, last - low)
+
     def text_file(self, name: str) -> bytes | None:
         """None: the small files belong to the source."""
         return None
@@ -102,8 +119,13 @@ class DecodedArtifact:
         step = max(BLOCK_WEIGHTS // linear.view.columns // multiple, 1) * multiple
         for begin in range(first // multiple * multiple, last, step):
             end = min(begin + step, linear.view.rows)
-            places = self.decoder.slices(unit, self.architecture, linear.name, begin, end - begin)
-            raw = {place.part: self.read(place) for place in places}
-            rows = self.decoder.unpack(unit, self.architecture, linear.name, begin, end - begin, raw).decode()
+            rows = self._unpacked(linear, begin, end).decode()
             low, high = max(begin, first), min(end, last)
             out[low - first : high - first] = rows[low - begin : high - begin]
+
+    def _unpacked(self, linear: Linear, begin: int, end: int) -> QTensor:
+        """Rows [begin, end) of a Linear, multiples of what the format permutes or packs together."""
+        unit = self._units[linear.name]
+        places = self.decoder.slices(unit, self.architecture, linear.name, begin, end - begin)
+        raw = {place.part: self.read(place) for place in places}
+        return self.decoder.unpack(unit, self.architecture, linear.name, begin, end - begin, raw)

@@ -38,11 +38,18 @@ class StateRules:
         """Raises UsageError: mixtures belong to a target."""
         raise UsageError(f"--preset {preset} is a mixture of a target; name it with --for, or give --grid")
 
+    def activations(self, preset: str) -> str | None:
+        return None
+
     def default_grid(self, linear: Linear, architecture: Architecture, grid: str, source: str) -> tuple[str, str]:
         return source, "outside the blocks: kept as stored"
 
     def fallback(self, grid: str, linear: Linear) -> str | None:
         return None
+
+    def holds(self, grid: str) -> bool:
+        """Whatever a grid holds."""
+        return True
 
     def candidates(self, linear: Linear) -> tuple[str, ...]:
         """Groups of 64 integers of every width: what most formats have in one form or another."""

@@ -35,18 +35,19 @@ FAMILIES = (
     ),
     Family(
         "anyquant.grids.integer",
-        r"int[2-8]-(g(16|32|64|128|256)|channel|tensor)(-asym)?",
+        r"int[2-8]-(g(16|32|64|128|256)|channel|tensor)(-asym)?(-f16)?",
         tuple(
-            f"int{bits}-{reach}{asymmetric}"
+            f"int{bits}-{reach}{asymmetric}{half}"
             for bits in range(2, 9)
             for reach in ("g16", "g32", "g64", "g128", "g256", "channel", "tensor")
             for asymmetric in ("", "-asym")
+            for half in ("", "-f16")
         ),
     ),
     Family(
         "anyquant.grids.fp8",
-        r"fp8_(e4m3|e5m2)-(tensor|channel|block)",
-        tuple(f"fp8_{kind}-{reach}" for kind in ("e4m3", "e5m2") for reach in ("tensor", "channel", "block")),
+        r"fp8_(e4m3|e5m2)-(tensor|channel|block|g128)",
+        tuple(f"fp8_{kind}-{reach}" for kind in ("e4m3", "e5m2") for reach in ("tensor", "channel", "block", "g128")),
     ),
     Family(
         "anyquant.grids.microscaling",

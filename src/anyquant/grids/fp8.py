@@ -1,4 +1,4 @@
-"""8-bit floats with one float32 scale per tensor, row or block of 128 x 128: "fp8_e4m3-channel".
+"""8-bit floats with one float32 scale per tensor, row, block of 128 x 128 or group of 128: "fp8_e4m3-channel".
 
 w = scale * value. Codes are bit patterns: E4M3 is the OCP type without infinities (torch.float8_e4m3fn, largest value
 448), E5M2 the IEEE-like one (torch.float8_e5m2, 57344). Rounding is to nearest even and saturates; w / scale and
@@ -20,7 +20,13 @@ from anyquant.grids.scales import usable_importance
 
 BLOCK = 128
 KINDS = {"e4m3": E4M3, "e5m2": E5M2}
-REACHES = {"tensor": Scope.TENSOR, "channel": Scope.ROW, "block": Scope.BLOCK}
+# scope, and the rows and columns that share a scale where it is that of a block
+REACHES = {
+    "tensor": (Scope.TENSOR, 1, 0),
+    "channel": (Scope.ROW, 1, 0),
+    "block": (Scope.BLOCK, BLOCK, BLOCK),
+    "g128": (Scope.BLOCK, 1, BLOCK),
+}
 LEAST = np.float32(2.0**-126)
 LARGEST = 3.4e38
 # the precision of a float does not depend on its scale but for where the binades end: one octave has all there is
@@ -30,7 +36,7 @@ LADDER = tuple(2.0 ** (step / 8) for step in range(8))
 @dataclass(frozen=True)
 class Float8Grid(Grid):
     """Codes are uint8 bit patterns; the parameter "scale" is float32, positive, of shape (1, 1), (rows, 1) or
-    (ceil(rows / 128), ceil(in / 128))."""
+    (ceil(rows / 128), ceil(in / 128)), of "-g128" (rows, ceil(in / 128))."""
 
     kind: MiniFloat = field(default=E4M3)
 
@@ -136,18 +142,19 @@ class Float8Grid(Grid):
 
 
 def make(name: str) -> Float8Grid:
-    """The grid "fp8_{e4m3|e5m2}-{tensor|channel|block}"."""
-    match = re.fullmatch(r"fp8_(e4m3|e5m2)-(tensor|channel|block)", name)
+    """The grid "fp8_{e4m3|e5m2}-{tensor|channel|block|g128}"."""
+    match = re.fullmatch(r"fp8_(e4m3|e5m2)-(tensor|channel|block|g128)", name)
     if match is None:
-        raise UsageError(f"unknown fp8 grid {name!r}; expected fp8_e4m3 or fp8_e5m2 and -tensor, -channel or -block")
-    scope = REACHES[match[2]]
-    side = BLOCK if scope is Scope.BLOCK else 0
+        raise UsageError(
+            f"unknown fp8 grid {name!r}; expected fp8_e4m3 or fp8_e5m2 and -tensor, -channel, -block or -g128"
+        )
+    scope, high, wide = REACHES[match[2]]
     return Float8Grid(
         name=name,
         family="fp8",
-        block=(max(side, 1), max(side, 1)),
+        block=(high, max(wide, 1)),
         code_dtype="uint8",
         code_bits=8,
-        parameters=(Parameter("scale", "float32", 32, scope, columns=side, rows=max(side, 1)),),
+        parameters=(Parameter("scale", "float32", 32, scope, columns=wide, rows=high),),
         kind=KINDS[match[1]],
     )

@@ -4,10 +4,12 @@
     int4-g128-asym     w = scale * (level - zero)     levels and zero 0 to 15
     int8-channel       one scale for a whole row, of any width
     int8-tensor        one scale for a whole matrix, from `prepare`, or found where there is none to share
+    int4-g128-f16      as int4-g128, with float16 scales, as GPTQ and AWQ files hold them
 
 Scales are bfloat16 values greater than 0, so that they are exact in models stored as bfloat16 or float32, and in
-float16 as long as they are normal there; those of `plain` are any float32. Zero-points are integers, as GPTQ, AWQ, ONNX
-and compressed-tensors hold them. The objective is the squared error, weighted by the importance of the input channel.
+float16 as long as they are normal there; with "-f16" they are float16 values. Those of `plain` are any float32.
+Zero-points are integers, as GPTQ, AWQ, ONNX and compressed-tensors hold them. The objective is the squared error,
+weighted by the importance of the input channel.
 """
 
 import re
@@ -19,9 +21,10 @@ from anyquant.core.dtypes import Float32, bfloat16_to_float32, float32_to_bfloat
 from anyquant.core.errors import UsageError
 from anyquant.core.grid import Codes, Grid, Lattice, Parameter, Params, Scope
 from anyquant.grids.integer_search import MATRIX, ROW, Search
-from anyquant.grids.scales import spread_out
+from anyquant.grids.recode import Int32, fitting_zero, regrouped, without_shift
+from anyquant.grids.scales import LARGEST_HALF, spread_out
 
-PATTERN = re.compile(r"int([2-8])-(?:g(16|32|64|128|256)|(channel|tensor))(-asym)?")
+PATTERN = re.compile(r"int([2-8])-(?:g(16|32|64|128|256)|(channel|tensor))(-asym)?(-f16)?")
 REACHES = {"channel": ROW, "tensor": MATRIX}
 SCOPES = {ROW: Scope.ROW, MATRIX: Scope.TENSOR}
 ENDLESS = 1 << 31  # the width of a group that has no end
@@ -46,7 +49,8 @@ class IntegerGrid(Grid):
         scale = bfloat16_to_float32(stored)
         if scale * np.float32(self.search.middle - 1) < largest:
             scale = bfloat16_to_float32(stored + np.uint16(1))
-        return self._stored(np.where(scale > 0, scale, np.float32(1)), np.full((1, 1), self.search.middle, np.float32))
+        scale = np.where(scale > 0, scale, np.float32(1))
+        return self._stored(self._rounded(scale), np.full((1, 1), self.search.middle, np.float32))
 
     def quantize(
         self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None
@@ -59,7 +63,8 @@ class IntegerGrid(Grid):
         """Scales, and zero-points. `shared` holds those of "tensor" grids; without it, `weights` are the matrix."""
         if self.search.group == MATRIX and shared is not None:
             return {parameter.name: shared[parameter.name] for parameter in self.parameters}
-        return self._stored(*self.search.find(weights, importance))
+        scale, zero = self.search.find(weights, importance)
+        return self._stored(self._rounded(scale) if self.search.half else scale, zero)
 
     def plain(self, weights: Float32, shared: Params | None = None) -> Params:
         """Scales that just cover the range of each group, as compressed-tensors computes them for activations.
@@ -80,10 +85,44 @@ class IntegerGrid(Grid):
         scale = np.where(scale == 0, EPSILON, scale)
         return self._stored(scale, np.clip(np.rint(-bottom / scale), 0, highest))
 
+    def _rounded(self, scale: Float32) -> Float32:
+        """Scales as the grid stores them."""
+        if not self.search.half:
+            return bfloat16_to_float32(float32_to_bfloat16(scale))
+        return np.minimum(scale, LARGEST_HALF).astype(np.float16).astype(np.float32)
+
     def _stored(self, scale: Float32, zero: Float32) -> Params:
         if not self.search.asymmetric:
             return {"scale": scale}
         return {"scale": scale, "zero": zero.astype(np.uint8)}
+
+    def hold(self, levels: Int32, scale: Float32, shift: Float32) -> tuple[Params, Codes] | None:
+        """Scales as the grid stores them; a zero-point is kept where it can be."""
+        rows, columns = levels.shape
+        groups = columns // self.search.group if self.search.group > 0 else 1
+        spread = [regrouped(values, groups) for values in (scale, shift)]
+        if spread[0] is None or spread[1] is None:
+            return None
+        counted = without_shift(levels, spread[0], spread[1])
+        if counted is None:
+            return None
+        levels, scale, zero = counted
+        if self.search.group == MATRIX:
+            if (scale != scale[0]).any() or self.search.asymmetric:
+                return None
+            scale = scale[:1]
+        stored = self._rounded(scale)
+        if not self.search.asymmetric:
+            if levels.min(initial=0) < -self.search.middle or levels.max(initial=0) >= self.search.middle:
+                return None
+            return self._stored(stored, stored), levels.astype(np.int8)
+        grouped = levels.reshape(rows, groups, -1)
+        preferred = np.where((zero >= 0) & (zero <= self.search.highest), zero, self.search.middle)
+        found = fitting_zero(grouped, preferred, self.search.highest)
+        if found is None:
+            return None
+        codes = (grouped + found[:, :, None]).reshape(levels.shape).astype(np.uint8)
+        return self._stored(stored, found.astype(np.float32)), codes
 
     def lattice(self, params: Params) -> Lattice:
         """scale * level, or scale * level - scale * zero. Both exact: scales have eight bits."""
@@ -139,13 +178,13 @@ class IntegerGrid(Grid):
 
 
 def make(name: str) -> IntegerGrid:
-    """The grid "int{bits}-{reach}" or "int{bits}-{reach}-asym", bits 2 to 8, reach g16, g32, g64, g128, g256, channel
-    or tensor."""
+    """The grid "int{bits}-{reach}", then perhaps "-asym", then perhaps "-f16"; bits 2 to 8, reach g16, g32, g64, g128,
+    g256, channel or tensor."""
     match = PATTERN.fullmatch(name)
     if match is None:
         raise UsageError(
             f"unknown integer grid {name!r}; expected int2 to int8, then -g16, -g32, -g64, -g128, -g256, -channel or "
-            "-tensor, then perhaps -asym, such as int4-g128"
+            "-tensor, then perhaps -asym, then perhaps -f16, such as int4-g128"
         )
     bits, reach, asymmetric = int(match[1]), match[3], match[4] is not None
     group = REACHES[reach] if reach else int(match[2])
@@ -159,5 +198,5 @@ def make(name: str) -> IntegerGrid:
         code_dtype="uint8" if asymmetric else "int8",
         code_bits=bits,
         parameters=(scale, zero) if asymmetric else (scale,),
-        search=Search(bits, group, asymmetric),
+        search=Search(bits, group, asymmetric, match[5] is not None),
     )

@@ -47,12 +47,14 @@ STRIP = 512  # columns of a wide group come in multiples of this: the lanes of t
 class Search:
     """Integers of `bits` with one scale for `group` columns of a row, or for a whole ROW, or the MATRIX.
 
-    `asymmetric`: and with one zero-point each, else code 2^(bits - 1), counted from 0, is zero.
+    `asymmetric`: and with one zero-point each, else code 2^(bits - 1), counted from 0, is zero. `half`: scales are
+    stored as float16 instead of bfloat16.
     """
 
     bits: int
     group: int
     asymmetric: bool
+    half: bool = False
 
     @property
     def middle(self) -> int:
@@ -75,7 +77,7 @@ class Search:
     def levels(self) -> Levels:
         """Symmetric levels, for `find_scales`."""
         return Levels(
-            self.group, -self.middle, self.middle - 1, self.middle - 1, signed=False, half=False, spread=False
+            self.group, -self.middle, self.middle - 1, self.middle - 1, signed=False, half=self.half, spread=False
         )
 
     def trials(self, important: bool) -> Trials:

@@ -11,6 +11,7 @@ import numpy as np
 from anyquant.core.dtypes import Float32
 from anyquant.core.errors import UsageError
 from anyquant.core.grid import Codes, Grid, Lattice, Parameter, Params, Scope
+from anyquant.grids.recode import Int32, regrouped, without_shift
 from anyquant.grids.scales import LARGEST_HALF, Levels, Trials, error_weights, find_pairs, find_scales, spread_out
 
 BLOCK = 32
@@ -98,6 +99,36 @@ class LegacyGrid(Grid):
             values += spread_out(params["m"], BLOCK, columns)
         return values
 
+    def hold(self, levels: Int32, scale: Float32, shift: Float32) -> tuple[Params, Codes] | None:
+        """d and m as float16."""
+        groups = levels.shape[1] // BLOCK
+        spread = [regrouped(values, groups) for values in (scale, shift)]
+        if spread[0] is None or spread[1] is None:
+            return None
+        scale, shift = spread[0], spread[1]
+        low, high = self.levels.low, self.levels.high
+        if self.code_dtype == "int8":
+            low = -128  # the search keeps to 127 on both sides, a byte holds one more
+        if not self.affine:
+            counted = without_shift(levels, scale, shift)
+            if counted is None or not _within(counted[0], low, high):
+                return None
+            return self._held(counted[1], None), (counted[0] + self.zero).astype(self.code_dtype)
+        grouped = levels.reshape(len(levels), groups, -1)
+        lowest = grouped.min(axis=2)
+        # levels that are codes already keep their place; others are counted from the middle, or from their own lowest
+        middle = np.where(lowest >= -(high + 1) // 2, -(high + 1) // 2, lowest)
+        start = np.where(lowest >= low, 0, middle).astype(np.int32)
+        grouped = grouped - start[:, :, None]
+        if not _within(grouped, low, high):
+            return None
+        return self._held(scale, shift + start * scale), grouped.reshape(levels.shape).astype(self.code_dtype)
+
+    def _held(self, scale: Float32, shift: Float32 | None) -> Params:
+        with np.errstate(over="ignore"):
+            d = {"d": scale.astype(np.float16)}
+            return d if shift is None else {**d, "m": shift.astype(np.float16)}
+
     def lattice(self, params: Params) -> Lattice:
         """d * level, or d * level + m, levels of `levels`."""
         levels = np.arange(self.levels.low, self.levels.high + 1)
@@ -109,6 +140,10 @@ class LegacyGrid(Grid):
     def weighting(self, weights: Float32, importance: Float32 | None = None) -> Float32:
         """Weight of each squared error in the objective of `quantize`, shape of `weights`."""
         return error_weights(weights, importance, self.levels.spread)
+
+
+def _within(levels: Int32, low: int, high: int) -> bool:
+    return bool(levels.min(initial=0) >= low and levels.max(initial=0) <= high)
 
 
 def _largest_on_127(weights: Float32) -> Codes:

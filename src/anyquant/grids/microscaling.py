@@ -83,8 +83,15 @@ class MxGrid(Microscaling):
         return {"scale": self._exponents(weights, importance, OFFSETS)}
 
     def plain(self, weights: Float32, shared: Params | None = None) -> Params:
-        """floor(log2 max |w|) less the exponent of the type's largest value (OCP MX 1.0, section 6.3)."""
-        return {"scale": self._exponents(weights, None, OFFSETS[:1])}
+        """log2 max |w|, rounded up from 1.75 times a power of two on, less the exponent of the type's largest value.
+
+        As compressed-tensors and vLLM find the scales of activations. OCP MX 1.0, section 6.3, always rounds down,
+        which clips what lies beyond the largest value by up to a quarter.
+        """
+        largest = np.abs(weights, dtype=np.float32).reshape(len(weights), -1, self.group).max(axis=2)
+        mantissa, exponent = np.frexp(largest)  # mantissa in [0.5, 1)
+        rounded = exponent - 1 + (mantissa >= 0.875) - self.kind.top_exponent + BIAS
+        return {"scale": np.where(largest > 0, np.clip(rounded, 0, 2 * BIAS), 0).astype(np.uint8)}
 
     def _exponents(self, weights: Float32, importance: Float32 | None, offsets: Codes) -> Codes:
         from anyquant.grids.kernels import minifloat

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from anyquant.core.errors import AnyQuantError
 from anyquant.core.ledger import Ledger, Line
 from anyquant.core.linear import Linear
+from anyquant.core.plan import EMPTY, Place
 from anyquant.pipeline.planner import Job
 
 
@@ -17,8 +18,11 @@ def _stored(job: Job, linear: Linear) -> int:
     return linear.weights * spec.nbytes // spec.elements
 
 
-def make_ledger(job: Job, errors: Mapping[str, float] | None = None) -> Ledger:
-    """One line per Linear and carried tensor. Raises AnyQuantError unless both sides balance to the byte."""
+def make_ledger(job: Job, errors: Mapping[str, float] | None = None, kinds: Mapping[str, str] = EMPTY) -> Ledger:
+    """One line per Linear and carried tensor. Raises AnyQuantError unless both sides balance to the byte.
+
+    `kinds`: what transcoding did to a Linear.
+    """
     architecture, checkpoint = job.architecture, job.source
     lines = []
     claimed: dict[str, int] = defaultdict(int)
@@ -31,6 +35,7 @@ def make_ledger(job: Job, errors: Mapping[str, float] | None = None) -> Ledger:
                 for place in job.format.slices(unit, architecture, name, 0, linear.view.rows)
                 if not place.shared or name == unit.linears[0]
             ]
+            owned += [Place(part, 0, parts[part].nbytes) for part in unit.inputs if name == unit.linears[0]]
             for place in owned:
                 claimed[place.part] += place.total
             lines.append(
@@ -45,7 +50,7 @@ def make_ledger(job: Job, errors: Mapping[str, float] | None = None) -> Ledger:
                     algorithm=decision.chain,
                     target=owned[0].part,
                     target_bytes=sum(place.total for place in owned),
-                    reason=decision.reason,
+                    reason=f"{decision.reason}: {kinds[name]}" if name in kinds else decision.reason,
                     error=None if errors is None else errors[name],
                 )
             )

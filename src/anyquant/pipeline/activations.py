@@ -1,10 +1,14 @@
 """What a recipe says of activations: the grid on which the inputs of the matrices are rounded while the model runs."""
 
+from collections.abc import Mapping
+
 from anyquant.core.errors import UnsupportedError, UsageError
 from anyquant.core.grid import Scope
 from anyquant.core.linear import Linear
-from anyquant.core.plan import Activation
+from anyquant.core.plan import Activation, Plan
 from anyquant.grids import grid as find_grid
+from anyquant.models.architecture import Architecture
+from anyquant.runtimes.activations import RoundedInput
 
 
 def parse_activation(text: str) -> Activation:
@@ -39,3 +43,14 @@ def input_activation(activation: Activation | None, linear: Linear, grid: str) -
     if reason is not None:
         raise UnsupportedError(f"{linear.name}: its input does not lie on {activation.grid}: {reason}")
     return activation
+
+
+def rounded_inputs(architecture: Architecture, plan: Plan, maxima: Mapping[str, float]) -> list[RoundedInput]:
+    """How the inputs of the Linears are rounded while the model runs; `maxima` as calibration saw them."""
+    found = []
+    for name, decision in plan.decisions.items():
+        if decision.input_activation is None:
+            continue
+        largest = max((maxima[other] for other in plan.tied(name) if other in maxima), default=None)
+        found.append(RoundedInput(architecture.by_name[name].module, decision.input_activation.grid, largest))
+    return found

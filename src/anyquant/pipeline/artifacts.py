@@ -12,6 +12,7 @@ from anyquant.core.checkpoint import Checkpoint, TensorSpec
 from anyquant.core.errors import AnyQuantError, BadInputError, InconclusiveError, UnsupportedError, UsageError
 from anyquant.core.progress import Progress
 from anyquant.evaluation.measures import Measures
+from anyquant.formats import as_model
 from anyquant.formats.certificate import Certificate, read_certificate
 from anyquant.grids import grid as find_grid
 from anyquant.models.detect import detect
@@ -86,7 +87,7 @@ def inspect(path: Path) -> Contents:
         family = str(checkpoint.metadata.get("general.architecture", "unknown"))
         return Contents(str(path), "gguf", family, tensors, checkpoint.metadata, None, "", sealed)
     try:
-        architecture = detect(checkpoint)
+        architecture = detect(as_model(checkpoint))
     except AnyQuantError as error:
         family = str(checkpoint.config.get("model_type", "unknown"))
         return Contents(str(path), "safetensors", family, tensors, checkpoint.config, None, str(error), sealed)
@@ -162,7 +163,7 @@ def evaluate(artifact: Path, against: Path, judging: Judging, progress: Progress
     On the default text only its *certify* documents are used, so that a run of `make` can be reproduced.
     """
     _expect_sound(artifact)
-    source: Checkpoint = open_checkpoint(against)
+    source = as_model(open_checkpoint(against))
     architecture = detect(source)
     tokenizer = within(source_tokenizer(source), architecture.dimensions.vocabulary)
     context = usable_context(judging.context, architecture)
@@ -184,7 +185,7 @@ def reproduce(artifact: Path, against: Path, judging: Judging, progress: Progres
     _expect_sound(artifact)
     opened = open_checkpoint(artifact)
     sealed = expect_measured(read_certificate(opened.metadata, opened.config, str(artifact)), artifact)
-    source: Checkpoint = open_checkpoint(against)
+    source = as_model(open_checkpoint(against))
     architecture = detect(source)
     record = read_record(artifact)
     documents = load_splits(source_tokenizer(source), architecture, *_certified(record, judging)).certify

@@ -1,6 +1,6 @@
 """How a job is written, verified, measured and proved: through a format and its runtime, or as the neutral state."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -9,12 +9,13 @@ from anyquant.core.errors import AnyQuantError, UsageError
 from anyquant.core.progress import Progress, Silent
 from anyquant.evaluation.measures import Measures
 from anyquant.evaluation.speed import measure_speed
+from anyquant.pipeline.activations import rounded_inputs
 from anyquant.pipeline.measure import ReferenceLogits, answers, check_conversion, compare
 from anyquant.pipeline.planner import Job, writable
 from anyquant.pipeline.quantized import Quantized
 from anyquant.pipeline.report import Conversion
 from anyquant.pipeline.run import Written, execute
-from anyquant.pipeline.state import copy_state, decoder, rounded_inputs, verify_state, write_state
+from anyquant.pipeline.state import activation_maxima, copy_state, decoder, verify_state, write_state
 from anyquant.pipeline.targets import Target
 from anyquant.pipeline.twin import MOST_WEIGHTS, twin_conversion
 from anyquant.pipeline.verify import Verified, verify
@@ -62,25 +63,35 @@ class Backend(Protocol):
         ...
 
 
-class RuntimeBackend:
-    """A format, written and verified block by block, and the real runtime that opens it."""
+class FormatBackend:
+    """A format, written and verified block by block."""
 
-    def __init__(self, target: Target, threads: int, progress: Progress, clock: Callable[[], float]) -> None:
-        self.target = target
-        self.runtime = RUNTIMES.get(target.runtime)
-        self.threads, self.progress, self.clock = threads, progress, clock
+    def __init__(self, threads: int, progress: Progress) -> None:
+        self.threads, self.progress = threads, progress
         self._written: Written | None = None
+        self._maxima: Mapping[str, float] = {}
 
     def write(self, quantized: Quantized, stage: Stage) -> None:
         for file in quantized.job.layout.files:
             stage.discard(file.path)
-        self._written = execute(quantized.job, quantized.rows, stage, self.threads, self.progress)
+        self._maxima = quantized.maxima
+        self._written = execute(quantized.job, quantized.rows, stage, self.threads, self.progress, quantized.maxima)
 
     def verify(self, quantized: Quantized, stage: Stage) -> Verified:
         if self._written is None:
             raise AnyQuantError("verify: nothing was written")
         statistics = quantized.statistics
         return verify(quantized.job, stage.folder, self._written, statistics, self.threads, self.progress)
+
+
+class RuntimeBackend(FormatBackend):
+    """A format, and the real runtime that opens it."""
+
+    def __init__(self, target: Target, threads: int, progress: Progress, clock: Callable[[], float]) -> None:
+        super().__init__(threads, progress)
+        self.target = target
+        self.runtime = RUNTIMES.get(target.runtime)
+        self.clock = clock
 
     def measure(self, job: Job, stage: Stage, reference: ReferenceLogits, label: str) -> Measures:
         with self.open(job, stage, _longest(reference.documents)) as session:
@@ -95,9 +106,10 @@ class RuntimeBackend:
         """With an exact key-value cache."""
         decoded = writable(job).open(stage.folder, job.architecture)
         with self.runtime.load(stage.folder / job.format.entry, _longest(documents), self.threads) as session:
-            direct = check_conversion(session, decoded, job.architecture, job.checkpoint, documents, encode)
+            rounding = rounded_inputs(job.architecture, job.plan, self._maxima)
+            direct = check_conversion(session, decoded, job.architecture, job.checkpoint, documents, encode, rounding)
             speed = measure_speed(session, documents[0].tokens[:SPEED_PROMPT], 16, 3, self.clock)
-        exact = all(self.target.exact(decision.grid) for decision in job.plan.decisions.values())
+        exact = not rounding and all(self.target.exact(decision.grid) for decision in job.plan.decisions.values())
         found = self._judged(direct, EXACT_LIMIT if exact else ROUNDED_LIMIT)
         if not exact and job.weights <= MOST_WEIGHTS:
             twin = twin_conversion(job, decoded, self.runtime, stage, documents, encode)
@@ -115,6 +127,32 @@ class RuntimeBackend:
                 f"{found.mean_kl:.2e}, the limit is {limit:g}; nothing was published"
             )
         return found.with_limit(limit)
+
+
+class SchemaBackend(FormatBackend):
+    """A format whose engine does not run here: `transformers` runs the weights decoded from the artifact's bytes.
+
+    That shows what the rounding costs, not that the engine reads the bytes as they are meant: such a format is compared
+    with what the engine's own tools write, in the tests.
+    """
+
+    def __init__(self, target: Target, threads: int, progress: Progress) -> None:
+        super().__init__(threads, progress)
+        self.target = target
+
+    def measure(self, job: Job, stage: Stage, reference: ReferenceLogits, label: str) -> Measures:
+        decoded = writable(job).open(stage.folder, job.architecture)
+        rounding = rounded_inputs(job.architecture, job.plan, self._maxima)
+        runtime = TransformersRuntime(decoded, job.architecture, job.checkpoint.config, rounding)
+        ids = [document.tokens for document in reference.documents]
+        return compare(runtime.logits(ids, self.progress), reference, Silent(), label)
+
+    def open(self, job: Job, stage: Stage, context: int) -> Session:
+        raise UsageError(f"--max-drop runs the artifact, and nothing here runs one for {self.target.name}")
+
+    def prove(self, job: Job, stage: Stage, documents: Sequence[Document], encode: Callable[[str], list[int]]) -> Proof:
+        """Nothing: the engine itself did not run."""
+        return Proof(None, {})
 
 
 class StateBackend:
@@ -137,7 +175,7 @@ class StateBackend:
     def measure(self, job: Job, stage: Stage, reference: ReferenceLogits, label: str) -> Measures:
         weights = DecodedCheckpoint(job.checkpoint, job.architecture, decoder(stage.folder))
         ids = [document.tokens for document in reference.documents]
-        rounding = rounded_inputs(job.architecture, job.plan, stage.folder)
+        rounding = rounded_inputs(job.architecture, job.plan, activation_maxima(stage.folder))
         candidates = TransformersRuntime(weights, job.architecture, rounding=rounding).logits(ids, self.progress)
         return compare(candidates, reference, Silent(), label)
 
@@ -154,7 +192,33 @@ def _longest(documents: Sequence[Document]) -> int:
 
 
 def backend_for(target: Target, threads: int, progress: Progress, clock: Callable[[], float]) -> Backend:
-    """The neutral state when the target has no runtime, else the format and runtime of the target."""
-    if not target.runtime:
+    """The neutral state, or the format of the target, with its runtime where it has one."""
+    if target.neutral:
         return StateBackend(threads, progress)
+    if target.schema_only:
+        return SchemaBackend(target, threads, progress)
     return RuntimeBackend(target, threads, progress, clock)
+
+
+def left_out(target: Target, job: Job) -> str:
+    """What an engine that does not run here does to the inputs of its matrices, where the plan does not; or ""."""
+    grids = {
+        one.grid
+        for one in job.plan.decisions.values()
+        if target.schema_only and one.input_activation is None and not target.exact(one.grid)
+    }
+    if not grids:
+        return ""
+    return (
+        f"{target.name} rounds what enters matrices on {', '.join(sorted(grids))}, which is not in the measured loss; "
+        "--activations simulates it where a grid describes it."
+    )
+
+
+def shown(target: Target, proof: Proof) -> str:
+    """What was shown of the artifact beyond its loss, for the report."""
+    if proof.conversion is not None:
+        return f"runtime-verified: {target.runtime} computes what its bytes say"
+    if target.schema_only:
+        return f"schema-verified, not run: read back byte for byte as its schema says; {target.name} did not run here"
+    return "read back byte for byte; not run"

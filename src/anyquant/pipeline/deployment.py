@@ -31,7 +31,7 @@ def deployment_of(
         return None
     sizes = architecture.dimensions
     context = min(sizes.context, sizes.window or sizes.context)
-    default = RUNTIMES.get(target.runtime).default_cache
+    default = RUNTIMES.get(target.runtime).default_cache if target.runtime else None
     if default is None:
         return Deployment(target.serve.format(artifact=artifact or ".", context=context, cache=""), context, "", 0)
     types = CacheTypes.parse(wished or default)

@@ -2,7 +2,8 @@
 
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +22,7 @@ from anyquant.models.architecture import Architecture
 from anyquant.models.detect import detect
 from anyquant.pipeline import report as reporting
 from anyquant.pipeline.accounts import make_ledger
-from anyquant.pipeline.backends import Proof, backend_for
+from anyquant.pipeline.backends import Proof, backend_for, left_out, shown
 from anyquant.pipeline.certificate import certificate_of, seal
 from anyquant.pipeline.choose import Chooser
 from anyquant.pipeline.deployment import deployment_of
@@ -39,6 +40,7 @@ from anyquant.pipeline.staged import Room
 from anyquant.pipeline.statistics import IMATRIX, refuse_imatrix
 from anyquant.pipeline.targets import expect_libraries
 from anyquant.pipeline.texts import DEFAULT_TEXT_WARNING, describe, load_splits, source_tokenizer, usable_context
+from anyquant.pipeline.transcode import KINDS, transcoding
 from anyquant.pipeline.verify import Verified
 from anyquant.pipeline.watch import Watch
 from anyquant.runtimes.transformers import TransformersRuntime
@@ -86,7 +88,7 @@ class Maker:
         contract = request.contract.resolved(sum(linear.weights for linear in self.original.linears))
         self.request = request = replace(request, contract=contract)
         calibration = request.recipe.calibration
-        asked = request.choose or request.contract.needs_measures
+        asked = request.choose or request.contract.needs_measures or request.transcode
         self.measuring = not calibration.data_free or calibration.text is not None or asked
         self.importance = not calibration.data_free
         self.meter = Meter(contract.max_drop, Path(request.checkpoint.location), self.original, request.threads)
@@ -111,7 +113,8 @@ class Maker:
             self._settle_transforms()
             self._prove_transforms(planned, splits)
             documents = None if splits is None or not self.importance else splits.calibrate
-            quantizer = Quantizer(documents, Room(request.memory, request.out), _versions(), self.progress)
+            room = Room(request.memory, request.out)
+            quantizer = Quantizer(documents, room, _versions(), self.progress, request.transcode)
             with quantizer:
                 finished = self._write(planned, stage, splits, quantizer)
                 quantizer.keep_imatrix(stage.folder / IMATRIX, finished.job)
@@ -144,6 +147,8 @@ class Maker:
         recipe = request.recipe
         if request.choose:
             recipe = replace(recipe, preset=request.target.default_preset)
+        if request.transcode:
+            recipe = transcoding(self.model, self.rules, recipe)
         job = make_job(self.model, self.rules, recipe, self.importance)
         refuse_imatrix(job)
         if request.choose:
@@ -243,7 +248,7 @@ class Maker:
         runtime = TransformersRuntime(self.request.checkpoint, self.original)
         return ReferenceLogits(runtime, documents, stage.folder.parent, self.progress)
 
-    def _sentences(self, verdict: Verdict) -> tuple[str, ...]:
+    def _sentences(self, verdict: Verdict, quantized: Quantized) -> tuple[str, ...]:
         measured = self.evidence.measures is not None
         said = [*self.evidence.sentences] if measured else ["Nothing was measured."]
         if measured or not self.request.contract.empty:
@@ -251,9 +256,12 @@ class Maker:
         if verdict.status in (Status.FAIL, Status.INCONCLUSIVE):
             said.append("The contract is not shown to hold; the artifact is published with this verdict in its report.")
             said += [f"It is shown to keep {verdict.nearest}."] if verdict.nearest else []
+        said += _transcoded(quantized.kinds)
         said += [f"Transforms: logits before and after agree to {proof:.1e} relative." for proof in self.proofs]
         if measured and self.request.target.runtime != self.request.target.name:
             said.append(f"{self.request.target.note[0].upper()}{self.request.target.note[1:]}.")
+        if measured and (further := left_out(self.request.target, quantized.job)):
+            said.append(further)
         return tuple(said)
 
     def _report(self, finished: Finished, verdict: Verdict, splits: Splits | None) -> Report:
@@ -272,14 +280,15 @@ class Maker:
             source_bytes=sum(checkpoint.spec(name).nbytes for name in checkpoint.names()),
             weights=job.weights,
             status=self._status(verdict),
-            sentences=self._sentences(verdict),
+            sentences=self._sentences(verdict, finished.quantized),
             contract=request.contract.as_dict(),
             limits=verdict.limits,
             loss=None if measures is None else loss_of(measures, "certify"),
             conversion=self.evidence.proof.conversion,
+            proof=shown(request.target, self.evidence.proof),
             speed=self.evidence.proof.speed,
             points=tuple(self.evidence.points),
-            ledger=make_ledger(job, verified.errors),
+            ledger=make_ledger(job, verified.errors, finished.quantized.kinds),
             recipe=job.recipe.as_dict(),
             data={} if splits is None else describe(splits, request.recipe.calibration, request.choose),
             hashes=dict(verified.hashes),
@@ -290,6 +299,15 @@ class Maker:
             notes=finished.quantized.notes,
             deployment=deployment_of(self.original, request.target, self.rules.entry, job.plan.kv_cache),
         )
+
+
+def _transcoded(kinds: Mapping[str, str]) -> list[str]:
+    """How many matrices are what they were."""
+    if not kinds:
+        return []
+    counts = Counter(kinds.values())
+    told = ", ".join(f"{counts[kind]} {kind}" for kind in KINDS if counts[kind])
+    return [f"Of {len(kinds)} quantized matrices: {told}."]
 
 
 def _peak_memory() -> int:

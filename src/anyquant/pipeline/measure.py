@@ -16,6 +16,7 @@ from anyquant.evaluation.limits import Contract
 from anyquant.evaluation.measures import Comparison, Measures
 from anyquant.models.architecture import Architecture
 from anyquant.pipeline.report import Conversion, Loss
+from anyquant.runtimes.activations import RoundedInput
 from anyquant.runtimes.base import Session
 from anyquant.runtimes.transformers import TransformersRuntime
 from anyquant.store.system import SYSTEM, writing
@@ -126,15 +127,18 @@ def check_conversion(
     source: Checkpoint,
     documents: Sequence[Document],
     encode: Callable[[str], list[int]],
+    rounding: Sequence[RoundedInput] = (),
 ) -> Conversion:
     """The runtime against our own decode of the artifact, on a few short documents, and its token ids on their text.
+
+    `rounding`: inputs of matrices that the runtime rounds because the artifact says so.
 
     `encode` is the source's tokenizer, special tokens included. Raises InconclusiveError when our own decode gives
     values that are not finite: then there is nothing to compare with, and the fault is the model's.
     """
     ids = [document.tokens[:CONVERSION_TOKENS] for document in documents[:CONVERSION_DOCUMENTS]]
     comparison = Comparison()
-    ours = TransformersRuntime(decoded, architecture, source.config)
+    ours = TransformersRuntime(decoded, architecture, source.config, rounding)
     for number, logits in enumerate(ours.logits(ids)):
         if not np.isfinite(logits).all():
             raise InconclusiveError(

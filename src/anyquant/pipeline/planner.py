@@ -230,7 +230,8 @@ def make_plan(model: Model, target: Rules, recipe: Recipe, importance: bool) -> 
                 f"rule {index} ({rule.describe()}): {moved[0].name} changes the model as a whole; "
                 "name it in the recipe's algorithm"
             )
-    activation = None if recipe.activations is None else parse_activation(recipe.activations)
+    rounded = recipe.activations or (recipe.preset and target.activations(recipe.preset))
+    activation = parse_activation(rounded) if rounded else None
     transforms = parse_chain(recipe.chain, recipe.options).transforms
     decisions = {}
     for linear in architecture.linears:

@@ -16,6 +16,7 @@ from anyquant.pipeline.planner import Job
 from anyquant.pipeline.rows import Direct, Importance, Rows, Stored, Unweighted
 from anyquant.pipeline.staged import Room, Staged, Stages, is_staged
 from anyquant.pipeline.statistics import gather, keep
+from anyquant.pipeline.transcode import Transcoded
 from anyquant.pipeline.work import Work, source_identity
 from anyquant.store.state import canonical_json
 from anyquant.store.system import SYSTEM, remove_tree
@@ -29,7 +30,8 @@ class Quantized:
     """`rows` gives the quantized rows of `job`, `statistics` those that steered them.
 
     Where they lie in a state already, `folder` is its folder and `keys` are its entries by Linear name. `maxima`: the
-    largest magnitude that enters a Linear, for static activation scales. `notes` are for the report.
+    largest magnitude that enters a Linear, for static activation scales. `notes` are for the report. `kinds`: what
+    transcoding did to a Linear, known when the rows were taken.
     """
 
     job: Job
@@ -39,6 +41,7 @@ class Quantized:
     keys: Mapping[str, str] = field(default_factory=dict)
     maxima: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    kinds: Mapping[str, str] = field(default_factory=dict)
 
 
 class Quantizer:
@@ -46,12 +49,18 @@ class Quantizer:
 
     `documents` is None for a data-free run. `versions` of the libraries tell runs apart. A staged job works in a hidden
     folder beside the output `room.out`, one for each set of options; it stays when the run ends early, and `remove`
-    takes all of them away.
+    takes all of them away. `transcode`: values are those that the source is quantized to.
     """
 
     def __init__(
-        self, documents: Sequence[Document] | None, room: Room, versions: Mapping[str, str], progress: Progress
+        self,
+        documents: Sequence[Document] | None,
+        room: Room,
+        versions: Mapping[str, str],
+        progress: Progress,
+        transcode: bool = False,
     ) -> None:
+        self._transcode = transcode
         self._documents, self._room, self._versions, self._progress = documents, room, versions, progress
         self._gathered: Statistics | None = None
         self._last: Statistics | None = None
@@ -72,6 +81,9 @@ class Quantizer:
 
     def quantized(self, job: Job) -> Quantized:
         """The values of a job, by block through the quantized model where it must be, else when they are asked for."""
+        if self._transcode:
+            rows = Transcoded(job)
+            return Quantized(job, Unweighted(), rows, kinds=rows.kinds)
         if self._documents is None:
             return Quantized(job, Unweighted(), Direct(job, Unweighted()))
         if is_staged(job):

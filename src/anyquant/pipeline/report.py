@@ -63,7 +63,7 @@ class Report:
 
     `chain` is what was done to the matrices, as one writes it. `notes` say matrix by matrix what was decided on the way
     or did not go as usual. `deployment` is how to run it. `limits` are those of the contract, each with its
-    evidence.
+    evidence. `proof` says whether a runtime confirmed what the bytes mean, or only their schema.
     """
 
     anyquant: str
@@ -94,6 +94,7 @@ class Report:
     notes: tuple[str, ...] = field(default=())
     deployment: Deployment | None = None
     limits: tuple[LimitResult, ...] = ()
+    proof: str = ""
 
     @property
     def bits_per_weight(self) -> float:
@@ -221,6 +222,8 @@ def summary_rows(report: Report) -> list[tuple[str, str]]:
                 f"{loss.perplexity:.3f}, original {loss.reference_perplexity:.3f}, {change} %",
             ),
         ]
+    if report.proof:
+        rows.append(("proof", report.proof))
     if report.conversion is not None:
         check = report.conversion
         ids = "token ids equal" if check.tokens_equal else "TOKEN IDS DIFFER"

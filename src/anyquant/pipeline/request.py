@@ -22,7 +22,8 @@ class Request:
     """One call of `make`. `choose`: nothing says what to do, so the contract decides, within `bounds`.
 
     `memory`: bytes that activations may take while calibrating; beyond it they lie in a file. None: all there is.
-    `sensitivity`: the file of what the search starts from, made if it is not there.
+    `sensitivity`: the file of what the search starts from, made if it is not there. `transcode`: the source is
+    quantized, and its codes are what the artifact gets.
     """
 
     location: str
@@ -37,3 +38,4 @@ class Request:
     memory: int | None = None
     bounds: Bounds = Bounds()
     sensitivity: Path | None = None
+    transcode: bool = False

@@ -113,12 +113,7 @@ class SharedParameters:
         grid = find_grid(decision.grid)
         if not grid.tensor_wide:
             return None
-        tied = [
-            name
-            for name, other in self._job.plan.decisions.items()
-            if decision.tie_group is not None and other.tie_group == decision.tie_group
-        ]
-        largest = tuple(self._find(name) for name in tied)
+        largest = tuple(self._find(name) for name in self._job.plan.tied(linear.name))
         return grid.prepare(self._find(linear.name), largest)
 
     def _find(self, name: str) -> float:

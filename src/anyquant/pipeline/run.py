@@ -10,7 +10,7 @@ import numpy as np
 from anyquant.core.dtypes import Float32
 from anyquant.core.errors import AnyQuantError
 from anyquant.core.grid import Grid
-from anyquant.core.plan import Chunk, Layout, Place, Unit
+from anyquant.core.plan import EMPTY, Chunk, Layout, Place, Unit
 from anyquant.core.progress import Progress
 from anyquant.core.qtensor import QTensor
 from anyquant.pipeline.blocks import Block, blocks, read_carried
@@ -92,8 +92,17 @@ def _carry(job: Job, unit: Unit, files: _Files) -> dict[Place, bytes]:
     return digests
 
 
-def execute(job: Job, source: Rows, sink: Sink, threads: int, progress: Progress) -> Written:
+def execute(
+    job: Job,
+    source: Rows,
+    sink: Sink,
+    threads: int,
+    progress: Progress,
+    maxima: Mapping[str, float] = EMPTY,
+) -> Written:
     """Write every file of the job's layout into `sink`; `source` gives the quantized rows.
+
+    `maxima`: the largest magnitude that enters a Linear, for static activation scales.
 
     Peak memory is a few row blocks per thread, whatever the size of the model or of its largest tensor.
     Raises BadInputError for weights that are not finite, OutputError when the disk fails.
@@ -104,6 +113,8 @@ def execute(job: Job, source: Rows, sink: Sink, threads: int, progress: Progress
     contents: dict[tuple[str, int], bytes] = {}
     for unit in job.layout.units:
         digests.update(_carry(job, unit, files))
+        for chunk in target.inputs(unit, job.architecture, job.plan, maxima):
+            digests[chunk.place] = files.write(chunk)
 
     def work(block: Block) -> tuple[dict[Place, bytes], bytes]:
         rows = source.rows(block)

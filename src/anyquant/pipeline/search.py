@@ -27,7 +27,6 @@ STRONGER = "gptq"  # what rounding is exchanged for where that is measured to pa
 WORTH = 0.95  # of the loss of rounding: what a stronger algorithm must come down to
 ENOUGH_BITS = 8.0  # per weight: from here on rounding loses next to nothing
 PROBES = 2  # measurements that comparing two algorithms takes
-_TAIL_ERROR = 0.1  # relative standard error taken for the 99.9 % quantile where the text is too short for its bound
 
 
 @dataclass(frozen=True)
@@ -210,9 +209,8 @@ def measured_of(found: Found, contract: Contract) -> Measured:
         margins.append(_tail(measures, contract.max_kl_99_9))
     if contract.max_ppl_increase is not None:
         ratio = measures.ppl_ratio
-        increase = Margin(
-            "perplexity increase", ratio.value - 1, ratio.standard_error, contract.max_ppl_increase, ratio.upper - 1
-        )
+        name, limit = "perplexity increase", contract.max_ppl_increase
+        increase = Margin(name, ratio.value - 1, ratio.standard_error, limit, ratio.upper - 1, ratio.documents)
         margins.append(increase)
     if contract.min_same_top is not None:
         margins.append(at_least("share of other top tokens", measures.same_top, contract.min_same_top))
@@ -228,9 +226,8 @@ def measured_of(found: Found, contract: Contract) -> Measured:
 
 
 def _tail(measures: Measures, limit: float) -> Margin:
-    error = _TAIL_ERROR * measures.kl_99_9
     upper = measures.kl_99_9_upper if measures.kl_99_9_certified else None
-    return Margin("99.9 % KL", measures.kl_99_9, error, limit, upper)
+    return Margin("99.9 % KL", measures.kl_99_9, measures.kl_99_9_error, limit, upper, measures.documents)
 
 
 def _drop(drop: Drop) -> Margin:

@@ -12,12 +12,10 @@ import numpy as np
 from anyquant.core.dtypes import Bytes, Float32, from_float32
 from anyquant.core.errors import AnyQuantError
 from anyquant.core.linear import Linear
-from anyquant.core.plan import Plan
 from anyquant.core.progress import Progress
 from anyquant.core.qtensor import QTensor
 from anyquant.formats.state import CARRIED, carried_dtype
 from anyquant.grids import grid as find_grid
-from anyquant.models.architecture import Architecture
 from anyquant.pipeline.blocks import Block, blocks, read_block, read_carried
 from anyquant.pipeline.executors.threads import run_all
 from anyquant.pipeline.planner import Job
@@ -25,7 +23,6 @@ from anyquant.pipeline.rows import Importance, Rows
 from anyquant.pipeline.run import Sink
 from anyquant.pipeline.steps import steps_of
 from anyquant.pipeline.verify import relative_errors
-from anyquant.runtimes.activations import RoundedInput
 from anyquant.store.publish import Stage
 from anyquant.store.state import EntryWriter, StateReader, StateWriter, entry_key
 
@@ -162,16 +159,10 @@ def verify_state(
     return relative_errors(job, stored, statistics, threads, progress)
 
 
-def rounded_inputs(architecture: Architecture, plan: Plan, folder: Path) -> list[RoundedInput]:
-    """How the inputs of the Linears are rounded while the model runs."""
-    rounded = [(name, one.input_activation) for name, one in plan.decisions.items() if one.input_activation is not None]
-    if not rounded:
-        return []
-    maxima = StateReader(folder, find_grid).plan["activation_maxima"]
-    return [
-        RoundedInput(architecture.by_name[name].module, activation.grid, maxima.get(name))
-        for name, activation in rounded
-    ]
+def activation_maxima(folder: Path) -> Mapping[str, float]:
+    """The largest magnitudes that enter Linears whose inputs are rounded with a static scale."""
+    maxima: Mapping[str, float] = StateReader(folder, find_grid).plan["activation_maxima"]
+    return maxima
 
 
 def decoder(folder: Path) -> Callable[[str], Float32]:

@@ -3,6 +3,7 @@
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cache
 from importlib.resources import files
 from importlib.util import find_spec
@@ -10,16 +11,19 @@ from importlib.util import find_spec
 from anyquant.core.errors import UsageError
 from anyquant.core.extras import require
 from anyquant.core.registry import suggest
+from anyquant.formats import STATE
 
 MEASURING = ("tokenizers", "torch", "transformers", "accelerate")
 
 
 @dataclass(frozen=True)
 class Target:
-    """`runtime` is what proves the artifact here; `default_preset` what is made when nothing is asked for.
+    """`runtime` is what proves the artifact here, "" where nothing does; `default_preset` what is made when nothing is
+    asked for.
 
     `libraries` are those that the proof needs. `exact_grids`: grids on which the runtime computes exactly, without
-    rounding activations ("*": all). `serve`: how a server is started, with {artifact}, {context} and {cache}; or "".
+    rounding activations, or patterns of their names. `serve`: how a server is started, with
+    {artifact}, {context} and {cache}; or "".
     """
 
     name: str
@@ -32,9 +36,20 @@ class Target:
     note: str
     serve: str = ""
 
+    @property
+    def schema_only(self) -> bool:
+        """Whether nothing here runs its artifacts: they are written as the engine's own tools lay them out, read back
+        byte for byte, and measured by running the decoded weights in transformers."""
+        return not self.runtime and not self.neutral
+
+    @property
+    def neutral(self) -> bool:
+        """Whether it is no engine's, but the neutral state."""
+        return self.format == STATE
+
     def exact(self, grid: str) -> bool:
         """Whether the runtime's arithmetic on this grid is exact but for float rounding."""
-        return "*" in self.exact_grids or grid in self.exact_grids
+        return any(fnmatchcase(grid, pattern) for pattern in self.exact_grids)
 
 
 @cache
@@ -75,11 +90,21 @@ def target(name: str) -> Target:
     return known[name]
 
 
+def target_or_format(name: str) -> Target:
+    """The target called `name`, or the first one whose format is. Raises UsageError with the nearest names."""
+    known = targets()
+    by_format = {one.format: one for one in reversed(known.values())}
+    found = known.get(name) or by_format.get(name)
+    if found is None:
+        raise UsageError(f"unknown target or format {name!r}; {suggest(name, [*known, *by_format])}")
+    return found
+
+
 def neutral() -> Target:
     """No target: the neutral quantized state, which every format can be written from; nothing runs it as it is."""
     return Target(
-        "state",
-        "state",
+        STATE,
+        STATE,
         "",
         "",
         (),

@@ -6,14 +6,12 @@ agrees with `transformers` on it to float precision, then names, row orders, met
 is left of the difference is the runtime's arithmetic.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from anyquant.calibrate.text import Document
-from anyquant.core.checkpoint import Checkpoint, TensorSpec
-from anyquant.core.dtypes import Bytes
+from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.progress import Silent
+from anyquant.pipeline.decoded import DecodedSource
 from anyquant.pipeline.measure import check_conversion
 from anyquant.pipeline.planner import Job, Model, make_job
 from anyquant.pipeline.recipe import Recipe
@@ -25,38 +23,6 @@ from anyquant.store.publish import Stage
 
 PRESET = "F32"
 MOST_WEIGHTS = 500_000_000  # 2 GB beside the output for a moment; larger models are compared directly
-
-
-@dataclass(frozen=True, eq=False)
-class DecodedSource:
-    """The tensors of a decoded artifact with the config and the small files of the model it came from."""
-
-    decoded: Checkpoint
-    source: Checkpoint
-
-    @property
-    def location(self) -> str:
-        return self.source.location
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self.source.config
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        return self.decoded.metadata
-
-    def text_file(self, name: str) -> bytes | None:
-        return self.source.text_file(name)
-
-    def names(self) -> Sequence[str]:
-        return self.decoded.names()
-
-    def spec(self, name: str) -> TensorSpec:
-        return self.decoded.spec(name)
-
-    def read_into(self, name: str, start: int, stop: int, buffer: Bytes) -> None:
-        self.decoded.read_into(name, start, stop, buffer)
 
 
 def twin_conversion(

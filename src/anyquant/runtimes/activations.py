@@ -26,14 +26,15 @@ class RoundedInput:
 
 
 def rounding_of(rounded: RoundedInput) -> Callable[[Any], Any]:
-    """A function from a torch tensor (..., in) to what is left of it after rounding, float32."""
+    """A function from a torch tensor (..., in) to what is left of it after rounding, of the same type."""
     torch, grid = require("torch"), find_grid(rounded.grid)
     shared = None if rounded.maximum is None else grid.prepare(rounded.maximum)
 
     def apply(values: Any) -> Any:
         rows = np.ascontiguousarray(values.detach().reshape(-1, values.shape[-1]).float().cpu().numpy())
         params = grid.plain(rows, shared)
-        return torch.from_numpy(grid.decode(grid.encode(rows, params), params)).reshape(values.shape)
+        left = torch.from_numpy(grid.decode(grid.encode(rows, params), params))
+        return left.reshape(values.shape).to(values.dtype)
 
     return apply
 

@@ -20,10 +20,13 @@ from anyquant.runtimes.base import Logits, sample
 
 TOKENIZER = "tokenizer.json"
 MAXIMUM_CONFIG = 64 << 20
-# quantization methods that transformers runs on a CPU, and the library that each needs there
-METHODS = {
-    "compressed-tensors": "compressed_tensors",
-    "bitsandbytes": "bitsandbytes",
+# of compressed-tensors: what it decodes to bfloat16 only
+BFLOAT16_FORMATS = frozenset({"nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"})
+# quantization methods that transformers runs on a CPU, and the libraries that each needs there
+METHODS: Mapping[str, tuple[str, ...]] = {
+    "compressed-tensors": ("compressed_tensors",),
+    "fp8": (),
+    "bitsandbytes": ("bitsandbytes",),
 }
 
 
@@ -54,7 +57,7 @@ def _refusals(folder: Path) -> list[str]:
 def libraries_for(folder: Path) -> tuple[str, ...]:
     """What opening the folder needs beside transformers."""
     method = _method(_config(folder))
-    return (METHODS[method],) if method in METHODS else ()
+    return METHODS.get(method, ())
 
 
 def _method(config: Mapping[str, Any]) -> Any:
@@ -73,6 +76,14 @@ def _compute_exactly(model: Any, torch: Any) -> None:
             module.compute_dtype, module.compute_type_is_set = torch.float32, True
 
 
+def _computes_in_bfloat16(folder: Path) -> bool:
+    """Whether the library decodes some weights of the folder to bfloat16, whatever the type of the rest."""
+    settings = _config(folder).get("quantization_config") or {}
+    groups = settings.get("config_groups") or {}
+    formats = {group.get("format") for group in groups.values() if isinstance(group, dict)}
+    return not BFLOAT16_FORMATS.isdisjoint({settings.get("format"), *formats})
+
+
 class HuggingFaceSession:
     """A loaded folder. Computes in float32, where the quantized scheme allows it."""
 
@@ -88,11 +99,12 @@ class HuggingFaceSession:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         model_class = getattr(transformers, FAMILIES[str(_config(folder)["model_type"])][1])
+        dtype = self._torch.bfloat16 if _computes_in_bfloat16(folder) else self._torch.float32
         try:
             # compressed-tensors draws progress bars that cannot be switched off, the last when the first token comes
             with contextlib.redirect_stderr(io.StringIO()):
                 self._model = model_class.from_pretrained(
-                    folder, local_files_only=True, use_safetensors=True, dtype=self._torch.float32
+                    folder, local_files_only=True, use_safetensors=True, dtype=dtype
                 ).eval()
                 _compute_exactly(self._model, self._torch)
                 with self._torch.no_grad():

@@ -5,11 +5,8 @@ quantizers/quantizers_utils.py (should_convert_module), by which the tests read 
 """
 
 import re
-import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from importlib.resources import files
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,12 +28,18 @@ from anyquant.formats.bitsandbytes.layouts import (
 )
 from anyquant.formats.folder.format import FolderFormat
 from anyquant.formats.folder.modules import FLOATS, ModuleLayout
-from anyquant.formats.folder.scheme import APART, Module
+from anyquant.formats.folder.scheme import Found, Module, Scheme, float_modules
 from anyquant.models.architecture import Architecture
 from anyquant.store.strict_json import parse_json
 
 METHOD = "bitsandbytes"
-HEAD_MODULE = "lm_head"
+# as transformers' BitsAndBytesConfig calls them
+PRESETS = {
+    "NF4": "nf4-g64",
+    "FP4": "fp4-g64",
+    "INT8": "int8-channel",
+    **{grid.upper(): grid for grid in FLOATS},
+}
 TORCH_TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 STATE_NAME = re.compile(rf"(.+)\.weight\.{re.escape(STATE)}(nf4|fp4)")
 MAXIMUM_STATE = 4096  # bytes
@@ -44,18 +47,19 @@ SCALES = ".SCB"
 
 
 @dataclass(frozen=True)
-class BitsAndBytes:
+class BitsAndBytes(Scheme):
     """See folder.scheme.Scheme."""
 
     name: str = METHOD
     candidates: tuple[str, ...] = ("nf4-g256", "nf4-g64", "nf4-g32")
-    apart: tuple[Role, ...] = APART
+    presets: Mapping[str, str] = field(default_factory=lambda: PRESETS)
 
-    @cached_property
-    def presets(self) -> Mapping[str, str]:
-        """Scheme to the grid of the block Linears, from presets.toml."""
-        text = (files("anyquant.formats.bitsandbytes") / "presets.toml").read_text(encoding="utf-8")
-        return {name: row["grid"] for name, row in tomllib.loads(text)["preset"].items()}
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        """Folders of the first versions do not name their method."""
+        settings = config.get("quantization_config")
+        if not isinstance(settings, Mapping) or "quant_method" in settings:
+            return super().claims(config)
+        return "load_in_4bit" in settings or "load_in_8bit" in settings
 
     def layout(self, grid: str) -> ModuleLayout:
         return layout(grid)
@@ -63,27 +67,28 @@ class BitsAndBytes:
     def refuses(self, architecture: Architecture, plan: Plan, modules: tuple[Module, ...]) -> list[str]:
         reasons, four, eight = [], False, False
         for module in modules:
-            decision = plan.decisions[module.linears[0].name]
-            if decision.input_activation:
-                reasons.append(f"{decision.linear}: bitsandbytes has no place for how activations are rounded")
+            first = module.linears[0].name
             if module.grid in FLOATS:
                 continue
             found = FOUR_BIT.fullmatch(module.grid) is not None
             four, eight = four or found, eight or not found
             if module.role is Role.EMBEDDING:
-                reasons.append(f"{decision.linear} on {module.grid}: transformers loads an embedding only in float")
+                reasons.append(f"{first} on {module.grid}: transformers loads an embedding only in float")
             elif module.role is Role.ROUTER:
-                reasons.append(f"{decision.linear} on {module.grid}: routers stay in float")
+                reasons.append(f"{first} on {module.grid}: routers stay in float")
         if four and eight:
             reasons.append("bitsandbytes loads a folder in four bits or in eight, not in both; choose one kind of grid")
-        skipped = _float_modules(architecture, modules)
+        skipped = float_modules(architecture, modules)
         for module in modules:
             if module.grid not in FLOATS and _is_skipped(module.path, skipped):
                 reasons.append(f"{module.path}: transformers would keep it in float, as its name ends like a float one")
         return reasons
 
     def config(self, architecture: Architecture, plan: Plan, modules: tuple[Module, ...]) -> Mapping[str, Any]:
-        """Without a quantized module there is no quantization_config. The type to compute in is the model's own."""
+        """Without a quantized module there is no quantization_config. The type to compute in is the model's own.
+
+        What stays in float is always listed, even when it is nothing: without a list it is the last module.
+        """
         grids = [module.grid for module in modules if module.grid not in FLOATS]
         if not grids:
             return {}
@@ -99,22 +104,19 @@ class BitsAndBytes:
                 "bnb_4bit_compute_dtype": TORCH_TYPES.get(kept, "float32"),
                 "bnb_4bit_quant_storage": "uint8",
                 "llm_int8_threshold": 6.0,
-                "llm_int8_skip_modules": _float_modules(architecture, modules),
+                "llm_int8_skip_modules": float_modules(architecture, modules),
                 "llm_int8_enable_fp32_cpu_offload": False,
                 "llm_int8_has_fp16_weight": False,
             }
         }
 
-    def files(self, architecture: Architecture, plan: Plan, modules: tuple[Module, ...]) -> Mapping[str, bytes]:
-        return {}
-
-    def find(self, stored: Checkpoint) -> Mapping[str, tuple[str | ModuleLayout, tuple[int, int]]]:
+    def find(self, stored: Checkpoint) -> Mapping[str, Found]:
         """Also of folders that transformers wrote: nested maxima, longer blocks, other storage types."""
         settings = _settings(stored)
         if settings is None:
             return {}
         names = set(stored.names())
-        found: dict[str, tuple[str | ModuleLayout, tuple[int, int]]] = {}
+        found: dict[str, Found] = {}
         for name in stored.names():
             match = STATE_NAME.fullmatch(name)
             if match is not None:
@@ -140,9 +142,7 @@ def _settings(stored: Checkpoint) -> Mapping[str, Any] | None:
     return settings
 
 
-def _check_modules(
-    stored: Checkpoint, found: Mapping[str, tuple[str | ModuleLayout, tuple[int, int]]], settings: Mapping[str, Any]
-) -> None:
+def _check_modules(stored: Checkpoint, found: Mapping[str, Found], settings: Mapping[str, Any]) -> None:
     """Raise BadInputError where settings and tensors contradict each other."""
     four = bool(settings.get("load_in_4bit"))
     skipped = settings.get("llm_int8_skip_modules") or []
@@ -169,7 +169,7 @@ def _check_modules(
             )
 
 
-def _table_module(stored: Checkpoint, path: str, name: str, names: set[str]) -> tuple[ModuleLayout, tuple[int, int]]:
+def _table_module(stored: Checkpoint, path: str, name: str, names: set[str]) -> Found:
     """A four-bit module by its quant_state."""
     where = f"{stored.location}: {name}"
     spec, kind = stored.spec(name), name.rpartition("__")[2]
@@ -212,22 +212,13 @@ def _nested(state: Mapping[str, Any], where: str) -> Nested:
     return Nested(block, float(offset))
 
 
-def _integer_module(stored: Checkpoint, path: str, names: set[str]) -> tuple[ModuleLayout, tuple[int, int]]:
+def _integer_module(stored: Checkpoint, path: str, names: set[str]) -> Found:
     """An eight-bit module by its SCB."""
     weight = f"{path}.weight"
     if weight not in names or len(stored.spec(weight).shape) != 2:
         raise BadInputError(f"{stored.location}: there is no matrix {weight} beside {path}{SCALES}")
     spec = stored.spec(weight)
     return IntegerLayout(marked=f"{path}.weight_format" in names), (spec.rows, spec.row_length)
-
-
-def _float_modules(architecture: Architecture, modules: tuple[Module, ...]) -> list[str]:
-    """Linear modules that stay in float, in order, the head last; a tied head is a module of its own.
-
-    The list is always written, even when it is empty: without one transformers keeps the last module in float.
-    """
-    names = [module.path for module in modules if module.grid in FLOATS and module.role is not Role.EMBEDDING]
-    return [*names, HEAD_MODULE] if architecture.tied else names
 
 
 def _is_skipped(path: str, names: list[str]) -> bool:

@@ -1,96 +1,322 @@
-"""How the weight of a module on a grid lies in tensors: `pack-quantized` for integers.
+"""How the weight of a module on a grid lies in tensors, for each of the library's ways of storing.
 
-Source: compressed-tensors 0.19, compressors/pack_quantized; the library itself is the oracle of the tests.
+    pack-quantized          integers of 2 to 8 bits in 32-bit words
+    int-quantized           integers, one byte each: what engines multiply with rounded activations
+    float-quantized         FP8
+    nvfp4-pack-quantized    NVFP4, two codes to a byte
+    mxfp4-pack-quantized    MXFP4
+    mxfp8-quantized         MXFP8
+
+Source: compressed-tensors 0.19, compressors/; the library itself is the oracle of the tests.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from anyquant.core.dtypes import Bytes, Float32, bfloat16_to_float32, float32_to_bfloat16
-from anyquant.core.errors import UnsupportedError
+from anyquant.core.dtypes import Bytes, Float32, from_float32, to_float32
+from anyquant.core.errors import BadInputError, UnsupportedError
+from anyquant.core.grid import Grid
 from anyquant.core.qtensor import QTensor
-from anyquant.formats.folder.modules import FLOATS, Along, Stored
+from anyquant.formats.folder.modules import FLOATS, Along, ModuleLayout, Stored
 from anyquant.formats.folder.packing import pack_bits, packed_words, to_words, unpack_bits
 from anyquant.grids import grid as find_grid
 
-INTEGER = re.compile(r"int([48])-g(\d+)")
+INTEGER = re.compile(r"int([2-8])-(?:g(\d+)|(channel|tensor))(-asym)?(-f16)?")
+FP8 = re.compile(r"fp8_e4m3-(tensor|channel|block)")
+PLAIN = ":plain"  # behind the name of an integer grid: one byte each
+TILE = 128  # rows and columns of a block of fp8_e4m3-block
+HOLDS = (
+    f"{', '.join(FLOATS)}, int2 to int8 (-gN, -channel, -asym, -f16), fp8_e4m3 (-tensor, -channel, -block), "
+    "nvfp4, mxfp4, mxfp8_e4m3"
+)
+
+
+class Layout(ModuleLayout, Protocol):
+    """A layout of this format; `format` is the library's name of it."""
+
+    @property
+    def format(self) -> str: ...
+
+    def arguments(self) -> Mapping[str, Any]:
+        """The `weights` entry of a config group (compressed_tensors.quantization.QuantizationArgs)."""
+        ...
 
 
 @dataclass(frozen=True)
 class IntegerLayout:
-    """Symmetric integers of `bits` in groups of `group` columns of a row: weight = code * scale.
+    """Integers of `bits` in groups of `group` columns of a row (0: whole rows): weight = scale * (code - zero).
 
-    Codes lie biased by 2^(bits - 1) in little-endian words, the first column lowest. Scales are bfloat16, which the
-    grid's stored scales fit exactly. A third tensor holds the shape.
+    Codes lie biased by 2^(bits - 1), the first column lowest, rows filled up to whole words. Scales are bfloat16, or
+    float16 if `half`, as the grid has them. Zero-points lie packed along the rows. A last tensor holds the shape.
     """
 
     bits: int
-    group: int
+    group: int = 0
+    asymmetric: bool = False
+    half: bool = False
     quantized: bool = True
-    row_multiple: int = 1
     format: str = "pack-quantized"
 
     @property
     def grid(self) -> str:
-        return f"int{self.bits}-g{self.group}"
+        reach = f"g{self.group}" if self.group else "channel"
+        return f"int{self.bits}-{reach}{'-asym' if self.asymmetric else ''}{'-f16' if self.half else ''}"
+
+    @property
+    def row_multiple(self) -> int:
+        """Rows whose zero-points share words."""
+        return 32 // self.bits if self.asymmetric else 1
 
     def tensors(self, rows: int, columns: int) -> Sequence[Stored]:
-        return [
+        groups = columns // self.group if self.group else 1
+        found = [
             Stored("weight_packed", "I32", (rows, packed_words(columns, self.bits))),
-            Stored("weight_scale", "BF16", (rows, columns // self.group)),
-            Stored("weight_shape", "I64", (2,), Along.ONCE),
+            Stored("weight_scale", SCALES[self.half], (rows, groups)),
         ]
+        if self.asymmetric:
+            words = packed_words(rows, self.bits)
+            found.append(Stored("weight_zero_point", "I32", (words, groups), per=self.row_multiple))
+        return [*found, Stored("weight_shape", "I64", (2,), Along.ONCE)]
 
     def pack(self, rows: QTensor, shape: tuple[int, int]) -> Sequence[Bytes]:
-        """Raises UnsupportedError for scales that bfloat16 cannot hold: the grid would not mean what is stored."""
-        refuse_reordered(rows)
-        biased = (rows.codes.astype(np.int16) + (1 << (self.bits - 1))).astype(np.uint8)
-        words = to_words(pack_bits(biased, self.bits), packed_words(shape[1], self.bits))
-        return [words, exact_bfloat16(rows.params["scale"]), np.array(shape, dtype="<i8").view(np.uint8)]
+        words = to_words(pack_bits(self._biased(rows), self.bits), packed_words(shape[1], self.bits))
+        found = [words, scale_bytes(rows.params["scale"], self.half)]
+        if self.asymmetric:
+            zero = np.ascontiguousarray(rows.params["zero"].T)
+            packed = to_words(pack_bits(zero, self.bits), packed_words(zero.shape[1], self.bits))
+            found.append(np.ascontiguousarray(packed.view("<u4").T).view(np.uint8))
+        return [*found, np.array(shape, dtype="<i8").view(np.uint8)]
 
     def unpack(self, raw: Sequence[Bytes], rows: int, shape: tuple[int, int]) -> QTensor:
-        biased = unpack_bits(raw[0].reshape(rows, -1), self.bits, shape[1])
-        codes = (biased.astype(np.int16) - (1 << (self.bits - 1))).astype(np.int8)
-        scale = bfloat16_to_float32(raw[1].view("<u2")).reshape(rows, -1)
+        codes = unpack_bits(raw[0].reshape(rows, -1), self.bits, shape[1])
+        if not self.asymmetric:
+            codes = (codes.astype(np.int16) - (1 << (self.bits - 1))).astype(np.int8)
+        params = {"scale": to_float32(raw[1], SCALES[self.half]).reshape(rows, -1)}
+        if self.asymmetric:
+            groups = params["scale"].shape[1]
+            words = np.ascontiguousarray(raw[2].view("<u4").reshape(-1, groups).T).view(np.uint8)
+            params["zero"] = np.ascontiguousarray(unpack_bits(words, self.bits, rows).T)
+        _expect_shape(raw[-1], shape)
+        return QTensor(find_grid(self.grid), (rows, shape[1]), codes, params)
+
+    def arguments(self) -> Mapping[str, Any]:
+        return {
+            "num_bits": self.bits,
+            "type": "int",
+            "symmetric": not self.asymmetric,
+            "strategy": "group" if self.group else "channel",
+            "group_size": self.group or None,
+            "dynamic": False,
+            "actorder": None,
+        }
+
+    def _biased(self, rows: QTensor) -> Bytes:
+        refuse_reordered(rows)
+        if self.asymmetric:
+            return rows.codes
+        return (rows.codes.astype(np.int16) + (1 << (self.bits - 1))).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class PlainIntegerLayout:
+    """Symmetric integers, a byte each, with a scale per group, per row (`reach` "channel") or per module: bfloat16, or
+    float16 if `half`."""
+
+    bits: int
+    reach: str
+    half: bool = False
+    quantized: bool = True
+    row_multiple: int = 1
+    format: str = "int-quantized"
+
+    @property
+    def grid(self) -> str:
+        return f"int{self.bits}-{self.reach}{'-f16' if self.half else ''}"
+
+    def tensors(self, rows: int, columns: int) -> Sequence[Stored]:
+        shape: tuple[int, ...] = (1,) if self.reach == "tensor" else (rows, 1)
+        if self.reach.startswith("g"):
+            shape = (rows, columns // int(self.reach[1:]))
+        along = Along.ONCE if self.reach == "tensor" else Along.ROWS
+        return [Stored("weight", "I8", (rows, columns)), Stored("weight_scale", SCALES[self.half], shape, along)]
+
+    def pack(self, rows: QTensor, shape: tuple[int, int]) -> Sequence[Bytes]:
+        refuse_reordered(rows)
+        codes = np.ascontiguousarray(rows.codes, dtype=np.int8)
+        return [codes.view(np.uint8), scale_bytes(rows.params["scale"], self.half)]
+
+    def unpack(self, raw: Sequence[Bytes], rows: int, shape: tuple[int, int]) -> QTensor:
+        scale = to_float32(raw[1], SCALES[self.half])
+        scale = scale.reshape(1 if self.reach == "tensor" else rows, -1)
+        codes = raw[0].view(np.int8).reshape(rows, shape[1])
         return QTensor(find_grid(self.grid), (rows, shape[1]), codes, {"scale": scale})
 
     def arguments(self) -> Mapping[str, Any]:
-        """The `weights` entry of a config group (compressed_tensors.quantization.QuantizationArgs)."""
+        grouped = self.reach.startswith("g")
         return {
             "num_bits": self.bits,
             "type": "int",
             "symmetric": True,
-            "strategy": "group",
-            "group_size": self.group,
+            "strategy": "group" if grouped else self.reach,
+            "group_size": int(self.reach[1:]) if grouped else None,
             "dynamic": False,
             "actorder": None,
         }
 
 
-def exact_bfloat16(values: Float32) -> Bytes:
-    """The bytes of `values` as bfloat16. Raises UnsupportedError for what that cannot hold."""
-    stored = float32_to_bfloat16(np.ascontiguousarray(values, dtype=np.float32))
-    if not np.array_equal(bfloat16_to_float32(stored), values):
-        raise UnsupportedError("a scale of the grid is not a bfloat16 number; compressed-tensors cannot hold it")
-    return stored.astype("<u2").view(np.uint8)
+@dataclass(frozen=True)
+class Float8Layout:
+    """E4M3 values with a float32 scale per module, row, or block of 128 x 128."""
+
+    reach: str
+    quantized: bool = True
+    format: str = "float-quantized"
+
+    @property
+    def grid(self) -> str:
+        return f"fp8_e4m3-{self.reach}"
+
+    @property
+    def row_multiple(self) -> int:
+        return TILE if self.reach == "block" else 1
+
+    def tensors(self, rows: int, columns: int) -> Sequence[Stored]:
+        scales = {
+            "tensor": Stored("weight_scale", "F32", (1,), Along.ONCE),
+            "channel": Stored("weight_scale", "F32", (rows, 1)),
+            "block": Stored("weight_scale", "F32", (-(-rows // TILE), -(-columns // TILE)), per=TILE),
+        }
+        return [Stored("weight", "F8_E4M3", (rows, columns)), scales[self.reach]]
+
+    def pack(self, rows: QTensor, shape: tuple[int, int]) -> Sequence[Bytes]:
+        return [np.ascontiguousarray(rows.codes), _float32(rows.params["scale"])]
+
+    def unpack(self, raw: Sequence[Bytes], rows: int, shape: tuple[int, int]) -> QTensor:
+        high = {"tensor": 1, "channel": rows, "block": -(-rows // TILE)}[self.reach]
+        scale = raw[1].view("<f4").reshape(high, -1)
+        return QTensor(find_grid(self.grid), (rows, shape[1]), raw[0].reshape(rows, shape[1]), {"scale": scale})
+
+    def arguments(self) -> Mapping[str, Any]:
+        return {
+            "num_bits": 8,
+            "type": "float",
+            "symmetric": True,
+            "strategy": self.reach,
+            "group_size": None,
+            "block_structure": [TILE, TILE] if self.reach == "block" else None,
+            "dynamic": False,
+        }
+
+
+@dataclass(frozen=True)
+class SmallFloatLayout:
+    """NVFP4 and MXFP4: two codes to a byte, the first column low; MXFP8: a byte each. Scales as the grids have them."""
+
+    grid: str
+    format: str
+    quantized: bool = True
+    row_multiple: int = 1
+
+    @property
+    def _found(self) -> Grid:
+        return find_grid(self.grid)
+
+    def tensors(self, rows: int, columns: int) -> Sequence[Stored]:
+        bits, group = self._found.code_bits, self._found.block[1]
+        name, kind = ("weight", "F8_E4M3") if bits == 8 else ("weight_packed", "U8")
+        scale = "F8_E4M3" if self.grid == "nvfp4" else "U8"
+        found = [
+            Stored(name, kind, (rows, columns * bits // 8)),
+            Stored("weight_scale", scale, (rows, columns // group)),
+        ]
+        if self.grid == "nvfp4":
+            found.append(Stored("weight_global_scale", "F32", (1,), Along.ONCE))
+        return found
+
+    def pack(self, rows: QTensor, shape: tuple[int, int]) -> Sequence[Bytes]:
+        found = [pack_bits(rows.codes, self._found.code_bits), np.ascontiguousarray(rows.params["scale"])]
+        if self.grid == "nvfp4":
+            found.append(_float32(rows.params["global_scale"]))
+        return found
+
+    def unpack(self, raw: Sequence[Bytes], rows: int, shape: tuple[int, int]) -> QTensor:
+        codes = unpack_bits(raw[0].reshape(rows, -1), self._found.code_bits, shape[1])
+        params = {"scale": raw[1].reshape(rows, -1)}
+        if self.grid == "nvfp4":
+            params["global_scale"] = raw[2].view("<f4").reshape(1, 1)
+        return QTensor(self._found, (rows, shape[1]), codes, params)
+
+    def arguments(self) -> Mapping[str, Any]:
+        return {
+            "num_bits": self._found.code_bits,
+            "type": "float",
+            "symmetric": True,
+            "strategy": "tensor_group" if self.grid == "nvfp4" else "group",
+            "group_size": self._found.block[1],
+            "dynamic": False,
+            "scale_dtype": "torch.float8_e4m3fn" if self.grid == "nvfp4" else "torch.uint8",
+        }
+
+
+# the types of the scales of integers: as the grid has them, and with "-f16"
+SCALES = ("BF16", "F16")
+SMALL_FLOATS = {
+    "nvfp4": "nvfp4-pack-quantized",
+    "mxfp4": "mxfp4-pack-quantized",
+    "mxfp8_e4m3": "mxfp8-quantized",
+}
+
+
+def _float32(values: Float32) -> Bytes:
+    return np.ascontiguousarray(values, dtype="<f4").view(np.uint8)
+
+
+def _expect_shape(raw: Bytes, shape: tuple[int, int]) -> None:
+    stored = tuple(raw.view("<i8").tolist())
+    if stored != shape:
+        raise BadInputError(f"a module's weight_shape says {stored}, its tensors hold {shape}")
+
+
+def scale_bytes(values: Float32, half: bool) -> Bytes:
+    """The bytes of scales. Raises UnsupportedError for what their type cannot hold: the grid would not mean what is
+    stored."""
+    stored = from_float32(values, SCALES[half]).reshape(len(values), -1)
+    if not np.array_equal(to_float32(stored, SCALES[half]), values.reshape(-1)):
+        kind = "float16" if half else "bfloat16"
+        raise UnsupportedError(f"a scale of the grid is not a {kind} number; compressed-tensors cannot hold it so")
+    return stored
 
 
 def refuse_reordered(rows: QTensor) -> None:
-    """Raise UnsupportedError for columns in groups that do not follow each other."""
+    """Raise UnsupportedError for columns whose groups do not follow each other: the library has none since 0.18."""
     if rows.column_groups is not None:
-        raise UnsupportedError("reordered columns are not written to compressed-tensors yet")
+        raise UnsupportedError("compressed-tensors has no place for reordered columns (g_idx)")
 
 
-def layout(grid_name: str) -> IntegerLayout:
-    """The layout of a grid. Raises UnsupportedError for a grid that the format cannot hold."""
-    match = INTEGER.fullmatch(grid_name)
-    if match is None:
+def layout(name: str) -> Layout:
+    """The layout of a grid, or of an integer grid with ":plain" behind it.
+
+    Raises UnsupportedError for a grid that the format cannot hold.
+    """
+    if name in SMALL_FLOATS:
+        return SmallFloatLayout(name, SMALL_FLOATS[name])
+    if match := FP8.fullmatch(name):
+        return Float8Layout(match[1])
+    plain = name.endswith(PLAIN)
+    match = INTEGER.fullmatch(name.removesuffix(PLAIN))
+    if match is None or (not plain and match[3] == "tensor"):
+        raise UnsupportedError(f"compressed-tensors has no place for grid {name!r}; it holds {HOLDS}")
+    bits, group, asymmetric, half = int(match[1]), int(match[2] or 0), match[4] is not None, match[5] is not None
+    if asymmetric and (plain or 32 % bits):
+        what = "as bytes, for rounded activations" if plain else f"of {bits} bits"
         raise UnsupportedError(
-            f"compressed-tensors (pack-quantized) has no place for grid {grid_name!r}; it holds: "
-            f"{', '.join(FLOATS)}, int4-gN and int8-gN"
+            f"compressed-tensors: {name.removesuffix(PLAIN)} {what}: engines read no zero-points there; "
+            "use a symmetric grid"
         )
-    return IntegerLayout(int(match[1]), int(match[2]))
+    if plain:
+        return PlainIntegerLayout(bits, match[3] or f"g{group}", half)
+    return IntegerLayout(bits, group, asymmetric, half)

@@ -4,123 +4,108 @@ Source: compressed_tensors.quantization.QuantizationConfig (version 0.19), by wh
 """
 
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
 from anyquant.core.checkpoint import Checkpoint
-from anyquant.core.errors import BadInputError, UnsupportedError
 from anyquant.core.linear import Role
-from anyquant.core.plan import Plan
-from anyquant.formats.compressed_tensors.layouts import IntegerLayout, layout
+from anyquant.core.plan import Activation, Decision, Plan
+from anyquant.formats.compressed_tensors.inputs import SUFFIXES, arguments, input_scales
+from anyquant.formats.compressed_tensors.layouts import INTEGER, PLAIN, Layout, layout
+from anyquant.formats.compressed_tensors.reading import find_modules
 from anyquant.formats.folder.format import FolderFormat
-from anyquant.formats.folder.modules import FLOATS, ModuleLayout
-from anyquant.formats.folder.scheme import APART, Module
+from anyquant.formats.folder.modules import FLOATS
+from anyquant.formats.folder.scheme import Found, InputScale, Module, Scheme, float_modules
+from anyquant.grids import grid as find_grid
 from anyquant.models.architecture import Architecture
 
-FORMAT_NAME = "pack-quantized"
-HEAD_MODULE = "lm_head"
-PACKED = ".weight_packed"
+MIXED = "mixed-precision"
+LINEAR = "Linear"
+
+
+@cache
+def _presets(key: str) -> Mapping[str, str]:
+    """What presets.toml says of each, where it does."""
+    text = (files("anyquant.formats.compressed_tensors") / "presets.toml").read_text(encoding="utf-8")
+    return {name: row[key] for name, row in tomllib.loads(text)["preset"].items() if key in row}
 
 
 @dataclass(frozen=True)
-class CompressedTensors:
+class CompressedTensors(Scheme):
     """See folder.scheme.Scheme."""
 
     name: str = "compressed-tensors"
-    candidates: tuple[str, ...] = ("int4-g128",)
-    apart: tuple[Role, ...] = APART
+    presets: Mapping[str, str] = field(default_factory=lambda: _presets("grid"))
+    candidates: tuple[str, ...] = ("int4-g128", "int4-g32", "int8-g128")
+    activations: Mapping[str, str] = field(default_factory=lambda: _presets("activations"))
+    input_suffixes: tuple[str, ...] = SUFFIXES
 
-    @cached_property
-    def presets(self) -> Mapping[str, str]:
-        """Scheme to the grid of the block Linears, from presets.toml."""
-        text = (files("anyquant.formats.compressed_tensors") / "presets.toml").read_text(encoding="utf-8")
-        return {name: row["grid"] for name, row in tomllib.loads(text)["preset"].items()}
+    def variant(self, decision: Decision) -> str:
+        """Integers that meet rounded integers lie a byte each, as the engines that multiply them read them."""
+        rounded = decision.input_activation
+        plain = rounded is not None and find_grid(rounded.grid).family.startswith("integer")
+        return decision.grid + (PLAIN if plain and INTEGER.fullmatch(decision.grid) else "")
 
-    def layout(self, grid: str) -> ModuleLayout:
-        return layout(grid)
+    def layout(self, name: str) -> Layout:
+        return layout(name)
+
+    def inputs(self, activation: Activation) -> Sequence[InputScale]:
+        return input_scales(activation)
 
     def refuses(self, architecture: Architecture, plan: Plan, modules: tuple[Module, ...]) -> list[str]:
-        reasons, quantized = [], set()
+        reasons = []
         for module in modules:
-            decision = plan.decisions[module.linears[0].name]
-            if decision.input_activation:
-                reasons.append(f"{decision.linear}: quantized activations are not written to compressed-tensors yet")
+            name = module.linears[0].name
             if module.grid in FLOATS:
                 continue
-            quantized.add(module.grid)
             if module.role is Role.EMBEDDING:
-                reasons.append(f"{decision.linear} on {module.grid}: transformers loads an embedding only in float")
+                reasons.append(f"{name} on {module.grid}: transformers loads an embedding only in float")
             elif module.role is Role.ROUTER:
-                reasons.append(f"{decision.linear} on {module.grid}: routers stay in float")
-        if len(quantized) > 1:
-            reasons.append(f"several integer grids ({', '.join(sorted(quantized))}) are not written in one folder yet")
+                reasons.append(f"{name} on {module.grid}: routers stay in float")
         return reasons
 
     def config(self, architecture: Architecture, plan: Plan, modules: tuple[Module, ...]) -> Mapping[str, Any]:
         """Without a quantized module there is no quantization_config."""
-        grid = next((module.grid for module in modules if module.grid not in FLOATS), None)
-        if grid is None:
+        groups = _groups(modules)
+        if not groups:
             return {}
+        formats = {group["format"] for group in groups.values()}
         return {
             "quantization_config": {
                 "quant_method": "compressed-tensors",
-                "format": FORMAT_NAME,
+                "format": formats.pop() if len(formats) == 1 else MIXED,
                 "quantization_status": "compressed",
-                "config_groups": {
-                    "group_0": {
-                        "targets": ["Linear"],
-                        "weights": layout(grid).arguments(),
-                        "input_activations": None,
-                        "output_activations": None,
-                        "format": FORMAT_NAME,
-                    }
-                },
-                "ignore": _float_modules(architecture, modules),
+                "config_groups": groups,
+                "ignore": float_modules(architecture, modules),
                 "kv_cache_scheme": None,
                 "global_compression_ratio": None,
             }
         }
 
-    def files(self, architecture: Architecture, plan: Plan, modules: tuple[Module, ...]) -> Mapping[str, bytes]:
-        return {}
-
-    def find(self, stored: Checkpoint) -> Mapping[str, tuple[str, tuple[int, int]]]:
-        integer = _read_layout(stored.config, stored.location)
-        if integer is None:
-            return {}
-        found = {}
-        for name in stored.names():
-            if name.endswith(PACKED):
-                spec = stored.spec(name)
-                found[name.removesuffix(PACKED)] = (integer.grid, (spec.rows, spec.row_length * 32 // integer.bits))
-        return found
+    def find(self, stored: Checkpoint) -> Mapping[str, Found]:
+        return find_modules(stored)
 
 
-def _float_modules(architecture: Architecture, modules: tuple[Module, ...]) -> list[str]:
-    """Linear modules that stay in float, in order, the head last; a tied head is a module of its own."""
-    names = [module.path for module in modules if module.grid in FLOATS and module.role is not Role.EMBEDDING]
-    return [*names, HEAD_MODULE] if architecture.tied else names
-
-
-def _read_layout(config: Mapping[str, Any], where: str) -> IntegerLayout | None:
-    """The layout that a config describes. Raises UnsupportedError for one that is not read."""
-    settings = config.get("quantization_config")
-    if settings is None:
-        return None
-    if not isinstance(settings, Mapping):
-        raise BadInputError(f"{where}: quantization_config is not an object")
-    groups = settings.get("config_groups")
-    group = groups.get("group_0") if isinstance(groups, Mapping) and len(groups) == 1 else None
-    arguments = group.get("weights") if isinstance(group, Mapping) else None
-    if settings.get("format") == FORMAT_NAME and isinstance(arguments, Mapping):
-        bits, size = arguments.get("num_bits"), arguments.get("group_size")
-        found = layout(f"int{bits}-g{size}")
-        if isinstance(found, IntegerLayout) and {**found.arguments(), **arguments} == dict(found.arguments()):
-            return found
-    raise UnsupportedError(f"{where}: only one group of symmetric {FORMAT_NAME} integers is read back")
+def _groups(modules: tuple[Module, ...]) -> dict[str, dict[str, Any]]:
+    """One config group for each way of storing and rounding. A single one is meant for all Linears that are not
+    ignored; of several, each names its modules, so that no module is meant twice."""
+    together: dict[tuple[str, Activation | None], list[str]] = {}
+    for module in modules:
+        if module.grid not in FLOATS:
+            together.setdefault((module.variant, module.activation), []).append(module.path)
+    return {
+        f"group_{number}": {
+            "targets": [LINEAR] if len(together) == 1 else paths,
+            "weights": dict(layout(variant).arguments()),
+            "input_activations": None if activation is None else dict(arguments(activation)),
+            "output_activations": None,
+            "format": layout(variant).format,
+        }
+        for number, ((variant, activation), paths) in enumerate(together.items())
+    }
 
 
 FORMAT = FolderFormat(CompressedTensors())

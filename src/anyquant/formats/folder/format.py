@@ -2,21 +2,22 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.dtypes import DTYPES, Bytes, Float32, from_float32
-from anyquant.core.errors import BadInputError, UnsupportedError, UsageError
+from anyquant.core.errors import AnyQuantError, BadInputError, UnsupportedError, UsageError
 from anyquant.core.linear import Carried, Linear, Role
-from anyquant.core.plan import Chunk, Layout, Part, Place, Plan, TargetFile, Unit
+from anyquant.core.plan import Chunk, Decision, Layout, Part, Place, Plan, TargetFile, Unit
 from anyquant.core.qtensor import QTensor
 from anyquant.core.registry import suggest
 from anyquant.formats.base import COMPANIONS
 from anyquant.formats.certificate import Certificate
 from anyquant.formats.folder.config import CONFIG, model_config, stamp_config
-from anyquant.formats.folder.modules import FLOAT_GRIDS, FLOATS, FloatLayout, ModuleLayout, Stored
+from anyquant.formats.folder.modules import FLOAT_GRIDS, FLOATS, FloatLayout, ModuleLayout
 from anyquant.formats.folder.reader import QuantizedFolder
 from anyquant.formats.folder.scheme import Module, Scheme
 from anyquant.formats.masks import refuse_corrections, without_masks
@@ -64,13 +65,17 @@ class FolderFormat:
         if name is None:
             raise UsageError(f"unknown preset {preset!r}; {suggest(preset.upper(), list(known))}")
         grid = known[name]
-        kept = self.scheme.apart if self._layout(grid).quantized else ()
+        kept = () if grid in FLOATS else self.scheme.apart
         return {
             linear.name: ("", f"{preset}: {linear.role.value} stays as stored")
             if linear.role in kept
             else (grid, f"{preset}: base grid")
             for linear in architecture.linears
         }
+
+    def activations(self, preset: str) -> str | None:
+        """See formats.base."""
+        return {name.upper(): text for name, text in self.scheme.activations.items()}.get(preset.upper())
 
     def default_grid(self, linear: Linear, architecture: Architecture, grid: str, source: str) -> tuple[str, str]:
         """As stored: engines expect embedding, head and routers in the model's own type."""
@@ -79,6 +84,14 @@ class FolderFormat:
     def fallback(self, grid: str, linear: Linear) -> str | None:
         """None: which float type a module could stay in is for a rule to say."""
         return None
+
+    def holds(self, grid: str) -> bool:
+        """Those of the scheme, and float types."""
+        try:
+            self._layout(grid)
+        except UnsupportedError:
+            return False
+        return True
 
     def candidates(self, linear: Linear) -> tuple[str, ...]:
         """Those of the scheme, for what it quantizes."""
@@ -102,30 +115,54 @@ class FolderFormat:
         for linear in architecture.linears:
             decision = plan.decisions[linear.name]
             try:
-                self._layout(decision.grid)
+                self._layout(self._variant(decision))
+                if decision.input_activation is not None:
+                    self.scheme.inputs(decision.input_activation)
             except UnsupportedError as error:
                 reasons.append(f"{linear.name}: {error}")
             reasons += refuse_corrections(decision, self.name)
         for path, linears in _modules(architecture).items():
-            if len({plan.decisions[linear.name].grid for linear in linears}) > 1:
+            decisions = [plan.decisions[linear.name] for linear in linears]
+            if len({decision.grid for decision in decisions}) > 1:
                 reasons.append(f"{path} is one module and cannot lie on several grids")
+            elif len({decision.input_activation for decision in decisions}) > 1:
+                reasons.append(f"{path} is one module; its inputs are rounded or not")
+            if reasons:
+                continue
+            shape = (sum(linear.view.rows for linear in linears), linears[0].view.columns)
+            multiple = math.lcm(*(one.per for one in self._layout(self._variant(decisions[0])).tensors(*shape)))
+            if any(linear.view.start % multiple for linear in linears):
+                reasons.append(f"{path}: its matrices do not begin at multiples of {multiple} rows, which share words")
         for item in architecture.carried:
             dtype = checkpoint.spec(item.tensor).dtype
             if dtype not in FLOAT_GRIDS or plan.carried[item.name] not in ("", dtype):
                 reasons.append(f"{item.name}: norms and biases stay in the type of the source, F32, F16 or BF16")
         if plan.kv_cache is not None:
             reasons.append(cannot_tell(plan.kv_cache))
-        return reasons or self.scheme.refuses(architecture, plan, planned_modules(architecture, plan))
+        return reasons or self.scheme.refuses(architecture, plan, self._planned(architecture, plan))
 
     def layout(self, architecture: Architecture, plan: Plan, checkpoint: Checkpoint) -> Layout:
         """Shards of tensors with the names of their modules, and small files that are prefixes without parts."""
         units: list[Unit] = []
         tensors: list[tuple[str, str, tuple[int, ...]]] = []
-        modules = planned_modules(architecture, plan)
+        modules = self._planned(architecture, plan)
         for module in modules:
-            unit, stored = self._unit(module.path, module.linears, module.grid)
+            layout = self._layout(module.variant)
+            stored = layout.tensors(*module.shape)
+            inputs = () if module.activation is None else self.scheme.inputs(module.activation)
+            unit = Unit(
+                name=module.path,
+                linears=tuple(linear.name for linear in module.linears),
+                carried=(),
+                grid=module.grid,
+                parts=tuple(f"{module.path}.{one.suffix}" for one in stored),
+                row_multiple=layout.row_multiple,
+                variant=module.variant,
+                inputs=tuple(f"{module.path}.{one.suffix}" for one in inputs),
+            )
             units.append(unit)
             tensors += [(name, one.dtype, one.shape) for name, one in zip(unit.parts, stored, strict=True)]
+            tensors += [(name, "F32", one.shape) for name, one in zip(unit.inputs, inputs, strict=True)]
         for name, items in _carried(architecture).items():
             dtype = checkpoint.spec(name).dtype
             units += [Unit(item.name, (), (item.name,), FLOAT_GRIDS[dtype], (name,)) for item in items]
@@ -148,7 +185,7 @@ class FolderFormat:
     def pack(self, unit: Unit, architecture: Architecture, linear: str, first_row: int, rows: QTensor) -> list[Chunk]:
         """See formats.base."""
         rows = without_masks(rows, linear)
-        data = self._layout(unit.grid).pack(rows, self._shape(unit, architecture))
+        data = self._layout(unit.variant).pack(rows, self._shape(unit, architecture))
         places = self.slices(unit, architecture, linear, first_row, rows.shape[0])
         opens = first_row == 0 and linear == unit.linears[0]
         return [Chunk(place, raw) for place, raw in zip(places, data, strict=True) if opens or not place.shared]
@@ -156,16 +193,31 @@ class FolderFormat:
     def slices(self, unit: Unit, architecture: Architecture, linear: str, first_row: int, rows: int) -> list[Place]:
         """One place in each tensor of the module."""
         before = sum(architecture.by_name[name].view.rows for name in unit.linears[: unit.linears.index(linear)])
-        stored = self._layout(unit.grid).tensors(*self._shape(unit, architecture))
+        stored = self._layout(unit.variant).tensors(*self._shape(unit, architecture))
         return [one.place(part, before + first_row, rows) for one, part in zip(stored, unit.parts, strict=True)]
 
     def unpack(
         self, unit: Unit, architecture: Architecture, linear: str, first_row: int, rows: int, parts: Mapping[str, Bytes]
     ) -> QTensor:
         """See formats.base."""
-        return self._layout(unit.grid).unpack(
-            [parts[part] for part in unit.parts], rows, self._shape(unit, architecture)
-        )
+        layout = self._layout(unit.variant)
+        return layout.unpack([parts[part] for part in unit.parts], rows, self._shape(unit, architecture))
+
+    def inputs(self, unit: Unit, architecture: Architecture, plan: Plan, maxima: Mapping[str, float]) -> list[Chunk]:
+        """See formats.base. Linears of one tie group share what is static, as engines fuse them."""
+        if not unit.inputs:
+            return []
+        decision = plan.decisions[unit.linears[0]]
+        if decision.input_activation is None:
+            raise AnyQuantError(f"{unit.name} has {unit.inputs[0]}, and nothing says that its input is rounded")
+        tied = {other for name in unit.linears for other in plan.tied(name)}
+        if missing := sorted(tied - maxima.keys()):
+            raise AnyQuantError(f"{missing[0]}: no largest magnitude of its input is known; calibrate it")
+        largest, found = max(maxima[name] for name in tied), []
+        for part, one in zip(unit.inputs, self.scheme.inputs(decision.input_activation), strict=True):
+            data = one.value(decision.input_activation, largest)
+            found.append(Chunk(Place(part, 0, len(data), shared=True), data))
+        return found
 
     def carry(self, unit: Unit, architecture: Architecture, values: Float32) -> list[Chunk]:
         """In the type of the source, which holds the values exactly."""
@@ -194,36 +246,33 @@ class FolderFormat:
                 )
         return found
 
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        """Whether config.json says that a folder is of this format."""
+        return self.scheme.claims(config)
+
     def read(self, stored: Checkpoint) -> QuantizedFolder:
         """A folder of this format as the model that it stands for."""
         return QuantizedFolder(stored, self.scheme)
-
-    def _unit(self, path: str, linears: Sequence[Linear], grid: str) -> tuple[Unit, Sequence[Stored]]:
-        layout = self._layout(grid)
-        stored = layout.tensors(sum(linear.view.rows for linear in linears), linears[0].view.columns)
-        parts = tuple(f"{path}.{one.suffix}" for one in stored)
-        unit = Unit(path, tuple(linear.name for linear in linears), (), grid, parts, layout.row_multiple)
-        return unit, stored
 
     def _shape(self, unit: Unit, architecture: Architecture) -> tuple[int, int]:
         linears = [architecture.by_name[name] for name in unit.linears]
         return sum(linear.view.rows for linear in linears), linears[0].view.columns
 
-    def _layout(self, grid: str) -> ModuleLayout:
-        return FloatLayout(FLOATS[grid]) if grid in FLOATS else self.scheme.layout(grid)
+    def _layout(self, variant: str) -> ModuleLayout:
+        return FloatLayout(FLOATS[variant]) if variant in FLOATS else self.scheme.layout(variant)
 
+    def _variant(self, decision: Decision) -> str:
+        return decision.grid if decision.grid in FLOATS else self.scheme.variant(decision)
 
-def planned_modules(architecture: Architecture, plan: Plan) -> tuple[Module, ...]:
-    """The modules of a plan, each on the grid of its first Linear."""
-    return tuple(
-        Module(
-            path,
-            tuple(linears),
-            (sum(linear.view.rows for linear in linears), linears[0].view.columns),
-            plan.decisions[linears[0].name].grid,
-        )
-        for path, linears in _modules(architecture).items()
-    )
+    def _planned(self, architecture: Architecture, plan: Plan) -> tuple[Module, ...]:
+        """The modules of a plan, each as its first Linear is decided."""
+        found = []
+        for path, linears in _modules(architecture).items():
+            decision = plan.decisions[linears[0].name]
+            shape = (sum(linear.view.rows for linear in linears), linears[0].view.columns)
+            variant, activation = self._variant(decision), decision.input_activation
+            found.append(Module(path, tuple(linears), shape, decision.grid, variant, activation))
+        return tuple(found)
 
 
 def _modules(architecture: Architecture) -> dict[str, list[Linear]]:

@@ -53,8 +53,8 @@ class QuantizedFolder:
     def modules(self) -> Mapping[str, StoredModule]:
         """By the name of the weight they stand for. Raises BadInputError for tensors that are missing or misshapen."""
         found = {}
-        for path, (grid, shape) in self.scheme.find(self.stored).items():
-            layout = self.scheme.layout(grid) if isinstance(grid, str) else grid
+        for path, (how, shape) in self.scheme.find(self.stored).items():
+            layout = self.scheme.layout(how) if isinstance(how, str) else how
             tensors = tuple(layout.tensors(*shape))
             for one in tensors:
                 self._expect(path, one)
@@ -79,7 +79,9 @@ class QuantizedFolder:
     @cached_property
     def _owned(self) -> frozenset[str]:
         """Stored tensors that belong to quantized modules."""
-        return frozenset(f"{module.path}.{one.suffix}" for module in self.modules.values() for one in module.tensors)
+        modules, inputs = self.modules.values(), self.scheme.input_suffixes
+        own = {f"{module.path}.{one.suffix}" for module in modules for one in module.tensors}
+        return frozenset(own | {f"{module.path}.{suffix}" for module in modules for suffix in inputs})
 
     def names(self) -> Sequence[str]:
         return [*self.modules, *(name for name in self.stored.names() if name not in self._owned)]
@@ -101,17 +103,16 @@ class QuantizedFolder:
         module = self.modules.get(name)
         return None if module is None else module.layout.grid
 
-    def rows(self, name: str, start: int, stop: int) -> QTensor:
-        """Codes and parameters of rows [start, stop) of a quantized weight; `start` at a multiple of what is packed
-        together."""
-        module = self.modules[name]
-        raw = [
-            self._read(module, one, one.place(f"{module.path}.{one.suffix}", start, stop - start))
-            for one in module.tensors
-        ]
-        return module.layout.unpack(raw, stop - start, module.shape)
+    def quantized_rows(self, tensor: str, start: int, stop: int) -> QTensor:
+        """Codes and parameters of rows [start, stop) of a quantized weight. Raises BadInputError."""
+        module = self.modules[tensor]
+        multiple = module.layout.row_multiple
+        first, last = start // multiple * multiple, min(-(-stop // multiple) * multiple, module.shape[0])
+        places = [one.place(f"{module.path}.{one.suffix}", first, last - first) for one in module.tensors]
+        found = module.layout.unpack([self._read(place) for place in places], last - first, module.shape)
+        return found if (first, last) == (start, stop) else found.rows(start - first, stop - first)
 
-    def _read(self, module: StoredModule, one: Stored, place: Place) -> Bytes:
+    def _read(self, place: Place) -> Bytes:
         spec = self.stored.spec(place.part)
         line = spec.nbytes // max(spec.rows, 1)
         if place.runs == 1:
@@ -141,8 +142,6 @@ class QuantizedFolder:
         values = buffer.reshape(-1).view(np.float32).reshape(stop - start, columns)
         multiple = module.layout.row_multiple
         step = max(BLOCK_WEIGHTS // columns // multiple, 1) * multiple
-        for begin in range(start // multiple * multiple, stop, step):
-            end = min(begin + step, rows)
-            decoded = self.rows(name, begin, end).decode()
-            low, high = max(begin, start), min(end, stop)
-            values[low - start : high - start] = decoded[low - begin : high - begin]
+        for begin in range(start, stop, step):
+            end = min(begin + step, stop)
+            values[begin - start : end - start] = self.quantized_rows(name, begin, end).decode()

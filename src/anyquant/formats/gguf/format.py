@@ -57,6 +57,14 @@ class GGUFFormat:
         """The grid that llama.cpp takes for rows that are no multiple of the block."""
         return fallback(grid, linear.view.columns)
 
+    def holds(self, grid: str) -> bool:
+        """llama.cpp's own."""
+        try:
+            layout(grid)
+        except UnsupportedError:
+            return False
+        return True
+
     def candidates(self, linear: Linear) -> tuple[str, ...]:
         """Those of presets.toml; routers stay in float."""
         return () if linear.role is Role.ROUTER else tables().candidates
@@ -106,6 +114,14 @@ class GGUFFormat:
             for info, offset in zip(infos, offsets, strict=True)
         )
         return Layout((TargetFile(ARTIFACT, prefix, parts, size),), units)
+
+    def activations(self, preset: str) -> str | None:
+        """None: llama.cpp rounds them as its kernels do."""
+        return None
+
+    def inputs(self, unit: Unit, architecture: Architecture, plan: Plan, maxima: Mapping[str, float]) -> list[Chunk]:
+        """None: see `activations`."""
+        return []
 
     def stamp(self, file: TargetFile, certificate: Certificate) -> bytes | None:
         """See formats.base."""

@@ -1,0 +1,1 @@
+"""GPTQ: integers packed along the input axis, as GPTQModel, transformers, vLLM and SGLang load them."""

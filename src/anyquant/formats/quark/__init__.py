@@ -1,0 +1,1 @@
+"""AMD Quark's folder: what vLLM and SGLang load under `quant_method: quark`."""

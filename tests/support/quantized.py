@@ -1,0 +1,56 @@
+"""Quantized folders for tests: what is chosen for whom, what must come out, and damaged copies."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load_file, save_file
+
+from anyquant.core.checkpoint import Checkpoint, read_view
+from anyquant.core.linear import Linear, Role
+from anyquant.core.plan import EMPTY
+from anyquant.formats.folder.scheme import APART
+from anyquant.grids import grid as find_grid
+from anyquant.models.architecture import Architecture
+from anyquant.models.detect import detect
+from anyquant.store.open import open_checkpoint
+from anyquant.store.safetensors import SafetensorsCheckpoint
+
+
+def open_model(folder: Path) -> tuple[Checkpoint, Architecture]:
+    checkpoint = open_checkpoint(folder)
+    return checkpoint, detect(checkpoint)
+
+
+def chosen(architecture: Architecture, grid: str, apart: str, changes: Mapping[str, str] = EMPTY) -> dict[str, str]:
+    """`grid` for the Linears in blocks, `apart` for embedding and head, but for `changes`."""
+    found = {
+        linear.name: apart if linear.role in (Role.EMBEDDING, Role.HEAD) else grid for linear in architecture.linears
+    }
+    return found | dict(changes)
+
+
+def as_quantized(checkpoint: Checkpoint, linear: Linear, grid: str) -> npt.NDArray[np.float32]:
+    """What a Linear decodes to on its grid; those apart are as in the source."""
+    weights = read_view(checkpoint, linear.view, 0, linear.view.rows)
+    if linear.role in APART:
+        return weights
+    made = find_grid(grid)
+    params, codes = made.quantize(weights)
+    return made.decode(codes, params)
+
+
+def altered(
+    source: Path, folder: Path, change: Mapping[str, Any], tensors: Mapping[str, npt.NDArray[Any] | None]
+) -> SafetensorsCheckpoint:
+    """A copy with other settings and tensors; None takes one away."""
+    folder.mkdir()
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] |= change
+    (folder / "config.json").write_text(json.dumps(config))
+    found = {**load_file(source / "model.safetensors"), **tensors}
+    save_file({name: one for name, one in found.items() if one is not None}, folder / "model.safetensors")
+    return SafetensorsCheckpoint(folder)
