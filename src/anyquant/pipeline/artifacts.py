@@ -38,6 +38,7 @@ from anyquant.store.gguf import GGUFFile
 from anyquant.store.manifest import listed_files, read_manifest, verify_manifest
 from anyquant.store.open import ARTIFACT, is_state, open_checkpoint
 from anyquant.store.state import StateReader
+from anyquant.transforms.merge import with_adapter
 
 LONGEST = 1 << 16  # tokens of a prompt and its continuation where the model does not say
 
@@ -112,6 +113,7 @@ class Judging:
     """`text` None means the default text; `tokens` bounds it, `context` is the window length.
 
     `field` is the one of its records that counts. `kv_cache`: types of the key-value cache; None: see `cache_of`.
+    `adapter`: the folder of one that belongs to the original.
     """
 
     text: str | None
@@ -120,6 +122,7 @@ class Judging:
     threads: int
     field: str = FIELD
     kv_cache: str | None = None
+    adapter: Path | None = None
 
 
 def runtime_name(artifact: Path) -> str:
@@ -163,7 +166,7 @@ def evaluate(artifact: Path, against: Path, judging: Judging, progress: Progress
     On the default text only its *certify* documents are used, so that a run of `make` can be reproduced.
     """
     _expect_sound(artifact)
-    source = as_model(open_checkpoint(against))
+    source = with_adapter(as_model(open_checkpoint(against)), judging.adapter)
     architecture = detect(source)
     tokenizer = within(source_tokenizer(source), architecture.dimensions.vocabulary)
     context = usable_context(judging.context, architecture)
@@ -185,7 +188,7 @@ def reproduce(artifact: Path, against: Path, judging: Judging, progress: Progres
     _expect_sound(artifact)
     opened = open_checkpoint(artifact)
     sealed = expect_measured(read_certificate(opened.metadata, opened.config, str(artifact)), artifact)
-    source = as_model(open_checkpoint(against))
+    source = with_adapter(as_model(open_checkpoint(against)), judging.adapter)
     architecture = detect(source)
     record = read_record(artifact)
     documents = load_splits(source_tokenizer(source), architecture, *_certified(record, judging)).certify
