@@ -3,6 +3,7 @@
     hqq4-g64    w = (code - zero) * scale    codes 0 to 15, groups of 64 weights of a row
 
 In float32, in that order (hqq 0.2, core/quantize.py, Quantizer.dequantize). What is quantized here has the whole
+zero-points of "int4-g64-asym", which are among them; the others come from files.
 """
 
 import re
