@@ -14,6 +14,7 @@ EXTRAS = {
     "xllamacpp": "llamacpp",
     "compressed_tensors": "compressed-tensors",
     "bitsandbytes": "bitsandbytes",
+    "torchao": "torchao",
     "datasets": "datasets",
 }
 

@@ -22,6 +22,7 @@ FORMATS: Registry[Format] = Registry(
         "quark": "anyquant.formats.quark.scheme:FORMAT",
         "fp8": "anyquant.formats.fp8.scheme:FORMAT",
         "bitsandbytes": "anyquant.formats.bitsandbytes.scheme:FORMAT",
+        "torchao": "anyquant.formats.torchao.scheme:FORMAT",
         "hqq": "anyquant.formats.hqq.scheme:FORMAT",
     },
     "anyquant.formats",

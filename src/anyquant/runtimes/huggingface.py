@@ -27,6 +27,7 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "compressed-tensors": ("compressed_tensors",),
     "fp8": (),
     "bitsandbytes": ("bitsandbytes",),
+    "torchao": ("torchao",),
 }
 
 
@@ -106,6 +107,8 @@ class HuggingFaceSession:
                 self._model = model_class.from_pretrained(
                     folder, local_files_only=True, use_safetensors=True, dtype=dtype
                 ).eval()
+                if "torchao" in libraries_for(folder):  # its weights keep the type they are stored for
+                    self._model = self._model.to(self._torch.float32)
                 _compute_exactly(self._model, self._torch)
                 with self._torch.no_grad():
                     self._model(self._torch.zeros(1, 1, dtype=self._torch.long))
