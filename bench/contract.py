@@ -2,6 +2,7 @@
 
     python bench/stock.py MODEL --text TEXT > stock.jsonl
     python bench/contract.py MODEL --text TEXT --stock stock.jsonl [--sizes Q4_K_M,Q3_K_M,Q2_K] [--losses Q5_K_M]
+        [--budget MINUTES]
 
 For each mixture of `stock.jsonl`, `anyquant make --max-size` with the bytes of its file, or `--max-kl` with its loss.
 Both are judged in llama.cpp on the *certify* text. For a loss, ours stays below by what its certificate needs.
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--stock", type=Path, required=True)
     parser.add_argument("--sizes", default="Q4_K_M,Q3_K_M,Q2_K")
     parser.add_argument("--losses", default="Q5_K_M")
+    parser.add_argument("--budget", type=float)
     given = parser.parse_args()
     rows = {row["preset"]: row for row in map(json.loads, given.stock.read_text().splitlines())}
     with tempfile.TemporaryDirectory() as temporary, TerminalProgress(False) as progress:
@@ -58,6 +60,7 @@ def main() -> None:
                     contract=aq.Contract(**limit),
                     text=given.text,
                     sensitivity=folder / "sensitivity.json",
+                    budget=given.budget,
                     out=folder / name,
                     progress=progress,
                 )

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from anyquant.contract import metrics
 from anyquant.contract.metrics import Metric, baseline, compare, load_metrics, scores
 from anyquant.core.errors import UsageError
+from anyquant.core.registry import Registry
 from anyquant.evaluation.drops import Drop, Scores, drop_of, share_bound
 from anyquant.evaluation.limits import Contract, DropLimit
 from anyquant.evaluation.verdict import Status, judge
@@ -44,7 +46,8 @@ def metric(tmp_path: Path) -> Callable[[str], Metric]:
     [
         ("mine.py:accuracy=0.1", "saying which direction is better"),
         ("mine.py:accuracy:better=0.1", "saying which direction is better"),
-        ("accuracy:higher=0.1", "saying which direction is better"),
+        ("accuracy=0.1", "saying which direction is better"),
+        ("mine.py:higher=0.1", "saying which direction is better"),
         ("mine.py:accuracy:higher", "expected METRIC=X"),
         ("mine.py:accuracy:higher=a lot", "expected METRIC=X"),
         ("mine.py:accuracy:higher=nan", "expected METRIC=X"),
@@ -74,6 +77,7 @@ def test_a_limit_is_read_as_it_is_written() -> None:
         ("math:no_such:higher", "has no no_such"),
         ("math:pi:higher", "not a function"),
         ("nowhere.py:f:higher", "there is no file"),
+        ("accuracy:higher", "no evaluator 'accuracy', none is installed; or write module:function:higher"),
     ],
 )
 def test_what_is_not_there_is_refused(spec: str, wrong: str) -> None:
@@ -223,3 +227,24 @@ def test_one_small_drop_is_no_better_evidence_than_none() -> None:
     after[30] -= 1e-4
     none, one = (drop_of(limit, Scores(before, False), Scores(each, False)).upper for each in (before, after))
     assert one >= none > 0.04
+
+
+def test_an_installed_evaluator_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A distribution on the path, as pip would leave it."""
+    (tmp_path / "their_scores.py").write_text("def exact(session, split):\n    return [1.0, 0.5]\nnumber = 3\n")
+    facts = tmp_path / "their_scores-1.0.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: their-scores\nVersion: 1.0\n")
+    (facts / "entry_points.txt").write_text(
+        "[anyquant.evaluators]\nexact-match = their_scores:exact\nnumber = their_scores:number\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(metrics, "EVALUATORS", Registry("evaluator", {}, "anyquant.evaluators"))
+    limit = DropLimit.parse("exact-match:lower=2%")
+    assert f"{limit.metric}={limit.text}" == "exact-match:lower=2%"
+    (found,) = load_metrics([limit])
+    assert scores(found, None, "select").values.tolist() == [1.0, 0.5]
+    with pytest.raises(UsageError, match="is int, not a function"):
+        load_metrics([DropLimit("number:higher", 0.1)])
+    with pytest.raises(UsageError, match="no evaluator 'exact', installed are exact-match, number"):
+        load_metrics([DropLimit("exact:higher", 0.1)])

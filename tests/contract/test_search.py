@@ -258,7 +258,12 @@ def test_time_and_measurements_run_out() -> None:
         consistent(outcome, tested, most)
         assert outcome.reached is (most > 1)  # the last one is kept for the choice of least loss
         assert outcome.ended is Ended.EVALUATIONS
-    nothing = smallest_within_limits(tested.problem(limit), Effort(expired=lambda: True))
+    tested.measurements = 0
+    late = smallest_within_limits(tested.problem(limit, start=limit), Effort(expired=lambda: True))
+    consistent(late, tested, 1)
+    assert len(late.tries) == 1 and late.best == late.tries[0] and late.ended is Ended.EXPIRED
+    assert late.best.predicted <= 0.51 * limit  # nothing can be corrected any more
+    nothing = smallest_within_limits(tested.problem(limit), Effort(evaluations=0))
     assert nothing.best is None and not nothing.reached and not nothing.tries
     predicted = best_within_bytes(tested.problem(None, max_bytes=2 * 10**8), Effort(evaluations=0))
     assert predicted.best is not None and predicted.best.measured is None and predicted.best.nbytes <= 2 * 10**8

@@ -1,8 +1,10 @@
 """The certificate in the files: fields of fixed length, read by the ecosystem's own libraries."""
 
+import hashlib
 import json
 import math
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -73,7 +75,10 @@ def test_config_keeps_its_length(certificate: Certificate) -> None:
 
 def test_long_texts_are_cut_off_and_harmless() -> None:
     limit = LONG.fitted().limit
-    assert len(limit) == WIDTHS["limit"] and limit.startswith("m????x") and limit.endswith("...")
+    assert len(limit) == WIDTHS["limit"] and limit.startswith("m????x")
+    assert limit[-20:-16] == "... " and limit[-16:] == hashlib.sha256(LONG.limit.encode()).hexdigest()[:16]
+    assert LONG.fitted().fitted() == LONG.fitted()
+    assert replace(LONG, limit=LONG.limit + "y").fitted().limit != limit
 
 
 def test_what_is_no_certificate() -> None:

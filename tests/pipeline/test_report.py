@@ -86,6 +86,7 @@ KEYS = [
     "ledger",
     "recipe",
     "data",
+    "frontier",
     "hashes",
     "versions",
     "seconds",

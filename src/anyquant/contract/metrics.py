@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 
 from anyquant.core.errors import AnyQuantError, UsageError
+from anyquant.core.registry import Registry
 from anyquant.evaluation.drops import Drop, Scores, drop_of, failed, refuse_zero
 from anyquant.evaluation.kl import Float64
 from anyquant.evaluation.limits import DropLimit, split_metric
 
 SELECT, CERTIFY = "select", "certify"
+EVALUATORS: Registry[Callable[[Any, str], Any]] = Registry("evaluator", {}, "anyquant.evaluators")
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,16 @@ def load_metrics(limits: Sequence[DropLimit]) -> list[Metric]:
 
     This runs the user's code; nothing but the user's own command line or call ever names it.
     """
-    places = dict.fromkeys(split_metric(limit.metric)[0] for limit in limits)
+    named = [split_metric(limit.metric) for limit in limits]
+    places = dict.fromkeys(place for place, function, _ in named if function)
     modules = {place: _from_file(Path(place)) if place.endswith(".py") else _from_name(place) for place in places}
     return [_metric(limit, modules) for limit in limits]
 
 
 def _metric(limit: DropLimit, modules: Mapping[str, ModuleType]) -> Metric:
     place, name, _ = split_metric(limit.metric)
+    if not name:
+        return Metric(limit, _installed(place))
     module = modules[place]
     function = getattr(module, name, None)
     if function is None:
@@ -55,6 +60,18 @@ def _metric(limit: DropLimit, modules: Mapping[str, ModuleType]) -> Metric:
     if not callable(function):
         raise UsageError(f"metric {limit.metric}: {name} is {type(function).__name__}, not a function")
     return Metric(limit, function)
+
+
+def _installed(name: str) -> Callable[[Any, str], Any]:
+    """The evaluator that a package registers under this name. Raises UsageError."""
+    known = EVALUATORS.names()
+    if name not in known:
+        there = f"installed are {', '.join(known)}" if known else "none is installed"
+        raise UsageError(f"metric: there is no evaluator {name!r}, {there}; or write module:function:higher")
+    found = EVALUATORS.get(name)
+    if not callable(found):
+        raise UsageError(f"metric: the evaluator {name!r} is {type(found).__name__}, not a function")
+    return found
 
 
 def scores(metric: Metric, session: Any, split: str) -> Scores:

@@ -100,6 +100,11 @@ class Session:
         return 0 if self.effort.expired() else max(self.effort.evaluations - len(self.tries), 0)
 
     @property
+    def unmeasured(self) -> bool:
+        """Whether nothing was measured yet that might be."""
+        return not self.tries and self.effort.evaluations > 0
+
+    @property
     def made(self) -> int:
         """Measurements, earlier ones included."""
         return self.effort.earlier + len(self.tries)

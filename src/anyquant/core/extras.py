@@ -16,6 +16,8 @@ EXTRAS = {
     "bitsandbytes": "bitsandbytes",
     "torchao": "torchao",
     "datasets": "datasets",
+    "mlx": "mlx",
+    "mlx_lm": "mlx",
 }
 
 

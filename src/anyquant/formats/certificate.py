@@ -3,6 +3,7 @@
 GGUF holds them as keys "anyquant.contract.NAME", a Hugging Face folder as the object "anyquant" in config.json.
 """
 
+import hashlib
 import math
 import struct
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from anyquant.core.errors import BadInputError
 KEY = "anyquant.contract."  # of GGUF
 OBJECT = "anyquant"  # of config.json
 STRING, UINT64, FLOAT64 = 8, 10, 12  # value types of GGUF
-# bytes of the texts; a longer one is cut off with dots, the report has it whole
+# bytes of the texts; of a longer one the beginning and the first digits of its sha256, the report has it whole
 WIDTHS = {
     "status": 12,
     "limit": 160,
@@ -82,7 +83,10 @@ WIDEST = Certificate(
 
 def _cut(text: str, width: int) -> str:
     safe = "".join(c if c.isascii() and c.isprintable() and c not in '"\\' else "?" for c in text)
-    return safe if len(safe) <= width else safe[: width - 3] + "..."
+    if len(safe) <= width:
+        return safe
+    end = f"... {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return safe[: width - len(end)] + end
 
 
 def kinds() -> list[tuple[str, int]]:

@@ -18,16 +18,17 @@ from anyquant.pipeline.request import Request
 from anyquant.pipeline.rows import Unweighted
 from anyquant.pipeline.search import Found, Search, space_of
 from anyquant.pipeline.selection import Selection
-from anyquant.pipeline.sensitivity import Sensitivity, portions_of, refuse, sensitivities
+from anyquant.pipeline.sensitivity import Sensitivity, portions_of, recalled, refuse, sensitivities
 from anyquant.pipeline.watch import Watch
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The job to publish, and a sentence about how it was found."""
+    """The job to publish, a sentence about how it was found, and the predicted least loss for given bytes."""
 
     job: Job
     reason: str
+    frontier: tuple[tuple[int, float], ...] = ()
 
 
 def _not_yet(job: Job) -> Found:
@@ -70,7 +71,7 @@ class Chooser:
         outcome = search.run(effort, stronger, self._progress.say)
         if outcome.best is None:
             raise InconclusiveError(f"{outcome.reason} Give a longer --budget.")
-        return Chosen(search.job(outcome.best.choice), f"On the select text: {outcome.reason}")
+        return Chosen(search.job(outcome.best.choice), f"On the select text: {outcome.reason}", search.frontier)
 
     def _search(self, found: Sensitivity, measure: Callable[[Job], Found]) -> Search:
         request, recipe, architecture = self._request, self._request.recipe, self._model.architecture
@@ -86,7 +87,7 @@ class Chooser:
             statistics=quantizer.importance(self._job(replace(recipe, preset=request.target.default_preset))),
             dtype=recipe.calibration.dtype,
         )
-        self._say_cost(splits, question.draws)
+        self._say_cost(splits, 0 if recalled(question, request.sensitivity) else question.draws)
         with self._watch.stage("sensitivity"):
             folder = request.out.absolute().parent
             return sensitivities(question, folder, request.threads, self._progress, request.sensitivity)
@@ -99,11 +100,11 @@ class Chooser:
         return seconds is not None and self._watch.clock() - self._began > seconds
 
     def _say_cost(self, splits: Splits, draws: int) -> None:
-        """What the search will take, from what the reference logits of *select* took."""
+        """What the search will take, from what the reference logits of *select* took; no `draws`: the sensitivities are
+        there."""
         bounds, tokens = self._request.bounds, token_count(splits.select)
         once = self._watch.seconds["reference"]
-        text = (
-            f"search: one sensitivity pass (about {2 + 2 * draws} runs over {tokens:,} tokens, of {once:.0f} s each), "
-            f"then at most {bounds.evaluations} artifacts made and measured, and one certified"
-        )
+        first = f"one sensitivity pass (about {2 + 2 * draws} runs over {tokens:,} tokens, of {once:.0f} s each), then "
+        tries = f"at most {bounds.evaluations} artifacts made and measured, and one certified"
+        text = f"search: {first if draws else ''}{tries}"
         self._progress.say(text + (f"; at most {bounds.seconds / 60:g} minutes" if bounds.seconds else ""))

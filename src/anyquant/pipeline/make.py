@@ -48,7 +48,10 @@ from anyquant.runtimes.transformers import TransformersRuntime
 from anyquant.store.publish import Stage
 from anyquant.transforms.checkpoint import settle
 
-LIBRARIES = ("numpy", "numba", "gguf", "torch", "transformers", "tokenizers", "xllamacpp", "compressed-tensors")
+LIBRARIES = (
+    *("numpy", "numba", "gguf", "torch", "transformers", "tokenizers"),
+    *("xllamacpp", "compressed-tensors", "mlx", "mlx-lm"),
+)
 
 
 @dataclass
@@ -57,6 +60,7 @@ class _Evidence:
 
     points: tuple[Point, ...] = ()
     sentences: tuple[str, ...] = ()
+    frontier: tuple[tuple[int, float], ...] = ()
     measures: Measures | None = None
     drops: tuple[Drop, ...] = ()
     proof: Proof = field(default_factory=lambda: Proof(None, {}))
@@ -200,14 +204,15 @@ class Maker:
 
     def _chosen(self, stage: Stage, splits: Splits, selection: Selection, quantizer: Quantizer) -> Job:
         """The job that the contract asks for; all that was tried is in the evidence."""
+        # from here on its budget counts
+        chooser = Chooser(self.request, self.model, self.rules, self.watch, self.progress)
         with self.watch.stage("reference"):
             reference = self._reference(splits.select, stage)
-        chooser = Chooser(self.request, self.model, self.rules, self.watch, self.progress)
         try:
             found = chooser.choose(splits, reference, selection, quantizer)
         finally:
             reference.close()
-        self.evidence.sentences = (found.reason,)
+        self.evidence.sentences, self.evidence.frontier = (found.reason,), found.frontier
         return found.job
 
     def _certify(self, job: Job, stage: Stage, splits: Splits, tokenizer: Tokenizer) -> None:
@@ -290,6 +295,7 @@ class Maker:
             proof=shown(request.target, self.evidence.proof),
             speed=self.evidence.proof.speed,
             points=tuple(self.evidence.points),
+            frontier=self.evidence.frontier,
             ledger=make_ledger(job, verified.errors, finished.quantized.kinds),
             recipe=job.recipe.as_dict(),
             data={} if splits is None else describe(splits, request.recipe.calibration, request.choose),

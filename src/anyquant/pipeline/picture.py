@@ -71,7 +71,10 @@ def _axes(points: Sequence[Point], levels: Sequence[float], limit: float | None,
     """From nothing to the original and over all levels; a search of many near one size is shown from near."""
     sizes = [point.nbytes for point in points]
     near = len(points) > _FEW
-    small, large = (0.96 * min(sizes), 1.05 * max(sizes)) if near else (0.0, max(source, *sizes) * 1.04)
+    spread = max(sizes) - min(sizes)
+    # of tries at one size, what is expected to both sides of it is worth seeing
+    low, high = (0.9, 1.12) if spread < 0.02 * max(sizes) else (0.96, 1.05)
+    small, large = (low * min(sizes), high * max(sizes)) if near else (0.0, max(source, *sizes) * 1.04)
     values = [v for p in points for v in (p.kl, p.low, p.high) if 0 < v < math.inf]
     values += [v for v in (limit, *(() if near else levels)) if v]
     room = 1.25 if near else 1.6
@@ -104,10 +107,17 @@ def _grid(axes: _Axes) -> list[str]:
     return marks
 
 
-def size_and_loss(points: Sequence[Point], limit: float | None, levels: Mapping[str, float], source: int) -> str:
+def size_and_loss(
+    points: Sequence[Point],
+    limit: float | None,
+    levels: Mapping[str, float],
+    source: int,
+    expected: Sequence[tuple[int, float]] = (),
+) -> str:
     """An SVG of mean KL (logarithmic) against bytes, from nothing to the `source` bytes of the original.
 
-    `levels` are named KL values drawn as thin lines, the `limit` of the contract as a dashed one. Points with a KL of
+    `expected`: bytes and loss of what was not measured, a thin curve. `levels` are named KL values drawn as thin lines,
+    the `limit` of the contract as a dashed one. Points with a KL of
     zero or below lie under the lowest value that the axis shows and are drawn on its edge; those that are not finite
     have no place.
     """
@@ -131,6 +141,7 @@ def size_and_loss(points: Sequence[Point], limit: float | None, levels: Mapping[
         marks.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         edge = min(axes.x(source), WIDTH - RIGHT) - 6
         marks.append(f'<text class="limit-text" x="{edge:.1f}" y="{y - 6:.1f}">limit {limit:g}</text>')
+    marks += _expected(axes, expected)
     best = frontier([point for point in points if not point.chosen] or points)
     line = " ".join(f"{axes.x(p.nbytes):.1f},{axes.y(p.kl):.1f}" for p in best)
     marks.append(f'<polyline class="curve" points="{line}"/>')
@@ -143,6 +154,17 @@ def size_and_loss(points: Sequence[Point], limit: float | None, levels: Mapping[
         f'<text class="axis" transform="translate(16 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)">mean KL, nats</text>'
     )
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss against size">{"".join(marks)}</svg>'
+
+
+def _expected(axes: _Axes, curve: Sequence[tuple[int, float]]) -> list[str]:
+    """The part of a curve that lies within the axes."""
+    inside = [
+        (size, loss) for size, loss in curve if axes.small <= size <= axes.large and axes.least <= loss <= axes.most
+    ]
+    if len(inside) < 2:
+        return []
+    line = " ".join(f"{axes.x(size):.1f},{axes.y(loss):.1f}" for size, loss in inside)
+    return [f'<polyline class="expected" points="{line}"><title>expected of other sizes</title></polyline>']
 
 
 def _named(axes: _Axes, points: Sequence[Point], delivered: set[str]) -> set[int]:

@@ -78,6 +78,8 @@ class Quantizer:
             if list(self._mine.glob("stage-*.json")):
                 self._progress.say(f"finished blocks are kept in {self._mine}: the same command goes on behind them")
             self._close()
+            if not list(self._folder.glob("*/stage-*.json")) and self._folder.exists():  # nothing to go on from
+                remove_tree(SYSTEM, self._folder)
 
     def quantized(self, job: Job) -> Quantized:
         """The values of a job, by block through the quantized model where it must be, else when they are asked for."""

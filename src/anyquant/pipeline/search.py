@@ -8,7 +8,7 @@ import numpy as np
 
 from anyquant.contract.allocate import Allocation, BudgetTooSmallError, Candidate, Choice, Group, allocate, curve
 from anyquant.contract.measured import BOUND, Margin, Measured, at_least, at_most
-from anyquant.contract.search import Effort, Outcome, Problem, Seen, best_within_bytes, smallest_within_limits
+from anyquant.contract.search import Effort, Outcome, Problem, Seen, Try, best_within_bytes, smallest_within_limits
 from anyquant.core.errors import UsageError
 from anyquant.core.linear import Linear
 from anyquant.evaluation.drops import Drop
@@ -26,6 +26,7 @@ from anyquant.pipeline.sensitivity import Sensitivity
 STRONGER = "gptq"  # what rounding is exchanged for where that is measured to pay
 WORTH = 0.95  # of the loss of rounding: what a stronger algorithm must come down to
 ENOUGH_BITS = 8.0  # per weight: from here on rounding loses next to nothing
+FRONTIER_POINTS = 120  # of the picture
 PROBES = 2  # measurements that comparing two algorithms takes
 
 
@@ -91,6 +92,7 @@ class Search:
         self._jobs: dict[tuple[str, ...], Job] = {}
         self._measured: dict[tuple[str, ...], Measured] = {}
         self._architecture = architecture
+        self.frontier: tuple[tuple[int, float], ...] = ()
 
     def run(self, effort: Effort, stronger: bool, say: Callable[[str], None]) -> Outcome:
         """The smallest plan within the limits, or the best within the bytes.
@@ -108,7 +110,9 @@ class Search:
         kinds = self._space.kinds(self._architecture)
         problem = Problem(groups, self.nbytes, self.measured, limits.max_kl, limits.max_size, kinds, seen)
         search = smallest_within_limits if limits.needs_measures else best_within_bytes
-        return search(problem, effort, say)
+        outcome = search(problem, effort, say)
+        self.frontier = () if outcome.best is None else frontier_through(outcome.best, groups)
+        return outcome
 
     def job(self, choice: Choice) -> Job:
         """The plan of a choice."""
@@ -197,6 +201,17 @@ class Search:
 
     def _key(self, choice: Choice) -> tuple[str, ...]:
         return self._algorithm or "", *(choice[group.name] for group in self._space.groups)
+
+
+def frontier_through(best: Try, groups: Sequence[Group]) -> tuple[tuple[int, float], ...]:
+    """(bytes, loss) of the best choices for given bytes as predicted, scaled so that what was measured lies on it."""
+    predicted, sizes = curve(groups), {(g.name, c.name): c.nbytes for g in groups for c in g.candidates}
+    overhead = best.nbytes - sum(sizes[pair] for pair in best.choice.items())
+    scale = 1.0
+    if best.measured is not None and best.predicted > 0 and math.isfinite(best.measured.loss):
+        scale = best.measured.loss / best.predicted
+    wanted = np.unique(np.linspace(0, len(predicted.nbytes) - 1, FRONTIER_POINTS).astype(int))
+    return tuple((int(predicted.nbytes[i]) + overhead, float(predicted.loss[i]) * scale) for i in wanted)
 
 
 def measured_of(found: Found, contract: Contract) -> Measured:

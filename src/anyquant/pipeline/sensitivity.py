@@ -91,11 +91,16 @@ class Sensitivity:
         return sum(portion.cell(choice[portion.name]).loss for portion in self.portions)
 
 
-def refuse(question: Question, saved: Path | None) -> None:
-    """Raise now what `sensitivities` would raise after the calibration: for the candidates, and the file `saved`."""
+def refuse(question: Question, saved: Path | None, shown: str | None = None) -> None:
+    """Raise now what `sensitivities` would raise after the calibration: for the candidates, and the file `saved`.
+
+    And for a grid to be `shown` that is none of the candidates.
+    """
     if question.method not in METHODS:
         raise UsageError(f"unknown method {question.method!r}; known: {', '.join(METHODS)}")
-    portions_of(question)
+    grids = sorted({cell.grid for portion in portions_of(question) for cell in portion.cells})
+    if shown is not None and shown not in grids:
+        raise UsageError(f"--show {shown} is none of the candidates of {question.target.name}: {', '.join(grids)}")
     if saved is not None and not saved.parent.is_dir():
         raise OutputError(f"{saved}: there is no folder {saved.parent}; make it first")
     if saved is not None and saved.exists():
@@ -114,10 +119,9 @@ def sensitivities(
     portions = portions_of(question)
     identity = _identity(question, portions)
     if saved is not None and saved.exists():
-        found = load(saved)
-        if found.identity == identity:
+        if (known := recalled(question, saved)) is not None:
             progress.say(f"sensitivities from {saved}")
-            return found
+            return known
         progress.say(f"{saved} is about another model, text or target: asked anew, and replaced")
     with TemporaryDirectory(dir=folder, prefix=".sensitivity-") as scratch:
         ask = _by_gradients if question.method == METHODS[0] else _by_forwards
@@ -127,6 +131,14 @@ def sensitivities(
     if saved is not None:
         save(saved, found)
     return found
+
+
+def recalled(question: Question, saved: Path | None) -> Sensitivity | None:
+    """What the file holds, if it is the answer to this question. Raises BadInputError for a damaged one."""
+    if saved is None or not saved.exists():
+        return None
+    found = load(saved)
+    return found if found.identity == _identity(question, portions_of(question)) else None
 
 
 def _streamed(question: Question) -> StreamedModel:
