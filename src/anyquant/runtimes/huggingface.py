@@ -43,7 +43,7 @@ def _refusals(folder: Path) -> list[str]:
 def libraries_for(folder: Path) -> tuple[str, ...]:
     """What opening the folder needs beside transformers."""
     method = _method(read_config(folder))
-    return METHODS.get(method, ()) if isinstance(method, str) else ()
+    return METHODS.get(str(method), ())
 
 
 def _method(config: Mapping[str, Any]) -> Any:
