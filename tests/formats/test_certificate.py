@@ -1,5 +1,6 @@
 """The certificate in the files: fields of fixed length, read by the ecosystem's own libraries."""
 
+import hashlib
 import json
 import math
 import struct
@@ -73,7 +74,17 @@ def test_config_keeps_its_length(certificate: Certificate) -> None:
 
 def test_long_texts_are_cut_off_and_harmless() -> None:
     limit = LONG.fitted().limit
-    assert len(limit) == WIDTHS["limit"] and limit.startswith("m????x") and limit.endswith("...")
+    assert len(limit) == WIDTHS["limit"] and limit.startswith("m????x")
+    assert limit.endswith("x..." + hashlib.sha256(LONG.limit.encode()).hexdigest()[:16])
+    assert LONG.fitted().fitted().limit == limit
+    exact = "y" * WIDTHS["limit"]
+    assert Certificate(limit=exact).fitted().limit == exact
+
+
+def test_no_two_texts_look_the_same() -> None:
+    """Behind the cut, and where a character has no place."""
+    texts = ["x" * 200, "x" * 199 + "y", "x" * 201, "max_drop \u00e4.py:f:higher=1%", "max_drop \u00f6.py:f:higher=1%"]
+    assert len({Certificate(limit=text).fitted().limit for text in texts}) == len(texts)
 
 
 def test_what_is_no_certificate() -> None:
