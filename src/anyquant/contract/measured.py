@@ -8,8 +8,8 @@ pass with 90 % probability, the value on *select* must satisfy
 
 t a quantile of Student's distribution with as many degrees of freedom as *select* has documents but one: their spread
 is an estimate, too. It is that of 93 %, as the bound of a skewed value varies with it, and more than it does: then
-90 to 92 % are certified, by drawing documents of real models (bench/honesty.py). Where the bootstrap gave an upper bound, its distance from
-the value takes the place of 1.645 SE: divergences are skewed.
+90 to 92 % are certified, by drawing documents of real models (bench/honesty.py). Where the bootstrap gave an upper
+bound, its distance from the value takes the place of 1.645 SE: divergences are skewed.
 """
 
 import math
