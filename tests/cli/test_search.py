@@ -124,6 +124,22 @@ def test_saved_sensitivities_are_used(call: Call, model: Model, text: Path, tmp_
     assert saved.read_bytes() == before
 
 
+def test_a_budget_that_is_over_at_once_still_gives_an_artifact(
+    call: Call, model: Model, text: Path, tmp_path: Path
+) -> None:
+    """The reference logits alone take longer. Measured once for a limit, not at all for a size; certified both times."""
+    source, size = model(FAMILY), size_of(call, model(FAMILY), "Q4_K_M")
+    for name, limit, tries in (("loss", ("--max-kl", "0.3"), 1), ("size", ("--max-size", f"{size}B"), 0)):
+        out = tmp_path / name
+        made = call("make", source, *SHORT, *limit, "--budget", "0.0001", "--text", text, "-o", out)
+        report = report_of(out)
+        assert made.code == {"pass": 0, "fail": 3, "inconclusive": 4}[report["status"]], made.err
+        assert [point["chosen"] for point in report["points"]] == [False] * tries + [True]
+        assert report["nbytes"] == (out / "model.gguf").stat().st_size
+        assert "gptq" not in {line["algorithm"] for line in report["ledger"]["lines"]}
+    assert (report["status"], report["nbytes"] <= size) == ("pass", True)
+
+
 def test_a_contract_that_nothing_keeps(call: Call, model: Model, text: Path, tmp_path: Path) -> None:
     """The format may hold the weights as they are, so only a limit on the size as well is out of reach."""
     out = tmp_path / "out"

@@ -258,10 +258,32 @@ def test_time_and_measurements_run_out() -> None:
         consistent(outcome, tested, most)
         assert outcome.reached is (most > 1)  # the last one is kept for the choice of least loss
         assert outcome.ended is Ended.EVALUATIONS
-    nothing = smallest_within_limits(tested.problem(limit), Effort(expired=lambda: True))
+    nothing = smallest_within_limits(tested.problem(limit), Effort(evaluations=0))
     assert nothing.best is None and not nothing.reached and not nothing.tries
     predicted = best_within_bytes(tested.problem(None, max_bytes=2 * 10**8), Effort(evaluations=0))
     assert predicted.best is not None and predicted.best.measured is None and predicted.best.nbytes <= 2 * 10**8
+
+
+def test_the_first_measurement_is_made_when_time_is_over_before_it() -> None:
+    """Nothing will correct the prediction, so half the loss is asked for, which holds here; what failed is said."""
+    tested, over = world(7), Effort(expired=lambda: True)
+    limit = limit_of(tested, 7)
+    scaled = replace(tested, factor=1.0, power=1.0)
+    only = smallest_within_limits(scaled.problem(0.5 * scaled.loss(middle(scaled))), over)
+    consistent(only, scaled, 1)
+    assert only.reached and only.ended is Ended.EXPIRED and only.best is not None
+    assert only.best.predicted == pytest.approx(0.25 * scaled.loss(middle(scaled)), rel=0.02)
+    missed = smallest_within_limits(tested.problem(limit, start=1e6), over)
+    consistent(missed, tested, 1)
+    assert not missed.reached and missed.best is missed.tries[0]
+    assert "the time is over. Nearest, at " in missed.reason
+    tested.measurements = 0
+    within = best_within_bytes(tested.problem(None, max_bytes=2 * 10**8), over)
+    assert within.best is not None and within.best.measured is None and not tested.measurements
+
+
+def middle(tested: World) -> Choice:
+    return {group.name: group.candidates[5].name for group in tested.groups}
 
 
 def test_two_runs_are_one() -> None:

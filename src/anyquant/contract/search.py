@@ -24,6 +24,7 @@ _SLOPES = (0.4, 2.5)  # of log measured over log predicted; a secant outside the
 _APART = 0.1  # in log predicted, for two points to tell a slope
 _URGENT = 2  # measurements left at which a search without a passing choice asks for less loss than the line says
 _ROOM = 0.25  # how much less, in log loss
+_UNCORRECTED = 0.5  # of the loss to begin at, where the time is over and nothing will correct the prediction
 
 
 class Ended(StrEnum):
@@ -53,11 +54,12 @@ def smallest_within_limits(
 ) -> Outcome:
     """The smallest choice whose limits all hold on *select* with room, and within `max_bytes` where that is given.
 
+    When the time is over before it begins, one choice that is likely to hold them is measured all the same.
     Raises BudgetTooSmallError when no choice is within `max_bytes`, and whatever `measure` raises.
     """
     session = Session(problem, effort or Effort(), say)
     ladder = _Ladder(session)
-    while session.left:
+    while session.left or session.owed:
         step = ladder.next()
         if step is None:
             break
@@ -167,10 +169,11 @@ class _Ladder:
 
     def _begin(self) -> int:
         start = self.session.problem.start
-        if start is not None:
-            return self._nbytes_for(start)
         low, high = max(float(self.curve.loss[-1]), self._floor), float(self.curve.loss[0])
-        return self._nbytes_for(math.sqrt(low * high)) if high > 0 else self.session.smallest
+        if start is None and high <= 0:
+            return self.session.smallest
+        wanted = math.sqrt(low * high) if start is None else start
+        return self._nbytes_for(wanted * (_UNCORRECTED if self.session.effort.expired() else 1.0))
 
     @property
     def _floor(self) -> float:

@@ -50,6 +50,7 @@ class Problem:
 class Effort:
     """At most `evaluations` measurements; `expired` says that time is over; bytes are found to within `tolerance`.
 
+    Without any measurement nothing could be said, so the first one is made in any case.
     Tries are counted on from the `earlier` ones, which the caller made. `spread` is the standard
     error on *certify* as a multiple of that on *select*.
     """
@@ -98,6 +99,11 @@ class Session:
     @property
     def left(self) -> int:
         return 0 if self.effort.expired() else max(self.effort.evaluations - len(self.tries), 0)
+
+    @property
+    def owed(self) -> bool:
+        """Whether the first measurement is still to be made, which does not ask for the time."""
+        return not self.tries and self.effort.evaluations > 0
 
     @property
     def made(self) -> int:

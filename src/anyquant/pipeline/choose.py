@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from anyquant.calibrate.text import Splits, token_count
 from anyquant.contract.search import Effort
-from anyquant.core.errors import AnyQuantError, InconclusiveError
+from anyquant.core.errors import AnyQuantError
 from anyquant.core.progress import Progress
 from anyquant.formats.base import Rules
 from anyquant.pipeline.measure import ReferenceLogits
@@ -35,7 +35,7 @@ def _not_yet(job: Job) -> Found:
 
 
 class Chooser:
-    """One search for a request on a model that is prepared."""
+    """One search for a request on a model that is prepared; the budget counts from when it is made."""
 
     def __init__(self, request: Request, model: Model, rules: Rules, watch: Watch, progress: Progress) -> None:
         self._request, self._model, self._rules = request, model, rules
@@ -53,7 +53,7 @@ class Chooser:
     def choose(self, splits: Splits, reference: ReferenceLogits, selection: Selection, quantizer: Quantizer) -> Chosen:
         """Measured on *select*, whose logits are the `reference`.
 
-        Raises BudgetTooSmallError when no plan is within the bytes, InconclusiveError when time was over too early.
+        Raises BudgetTooSmallError when no plan is within the bytes.
         """
         request, recipe = self._request, self._request.recipe
         search = self._search(
@@ -69,7 +69,7 @@ class Chooser:
         stronger = recipe.algorithm is None and not calibration.data_free and calibration.imatrix is None
         outcome = search.run(effort, stronger, self._progress.say)
         if outcome.best is None:
-            raise InconclusiveError(f"{outcome.reason} Give a longer --budget.")
+            raise AnyQuantError(outcome.reason)  # not with a first measurement, which is always made
         return Chosen(search.job(outcome.best.choice), f"On the select text: {outcome.reason}")
 
     def _search(self, found: Sensitivity, measure: Callable[[Job], Found]) -> Search:

@@ -198,9 +198,9 @@ class Maker:
 
     def _chosen(self, stage: Stage, splits: Splits, selection: Selection, quantizer: Quantizer) -> Job:
         """The job that the contract asks for; all that was tried is in the evidence."""
+        chooser = Chooser(self.request, self.model, self.rules, self.watch, self.progress)  # time counts from here
         with self.watch.stage("reference"):
             reference = self._reference(splits.select, stage)
-        chooser = Chooser(self.request, self.model, self.rules, self.watch, self.progress)
         try:
             found = chooser.choose(splits, reference, selection, quantizer)
         finally:
