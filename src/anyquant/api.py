@@ -251,6 +251,7 @@ def sensitivity(
     tokens: int | None = None,
     context: int | None = None,
     save: str | Path | None = None,
+    show: str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Sensitivity:
@@ -258,7 +259,7 @@ def sensitivity(
 
     `method`: "gradient", or "forward", which needs less memory. `save` names a file that is used when it answers the
     same question, and written otherwise. `text`, its `tokens` and their `context` as in `make`: rounding is steered by
-    the calibration part, the loss estimated on the select part.
+    the calibration part, the loss estimated on the select part. A grid to `show` must be a candidate: refused at once.
     """
     checkpoint, sink = source_of(model_path(model)), progress or Silent()
     recipe = _recipe(None, None, None, False, text)
@@ -267,7 +268,7 @@ def sensitivity(
     prepared, form = prepare(checkpoint, recipe), rules(_target(target, recipe).format)
     saved = None if save is None else Path(save)
     question = Question(prepared, form, (), Unweighted(), tuple(candidates), method)
-    refuse(question, saved)  # before anything is read
+    refuse(question, saved, show)  # before anything is read
     splits = load_splits(source_tokenizer(checkpoint), prepared.architecture, calibration)
     statistics = gather(checkpoint, prepared.architecture, calibration, splits.calibrate, sink)
     question = replace(question, documents=[document.tokens for document in splits.select], statistics=statistics)

@@ -118,16 +118,20 @@ def test_saved_sensitivities_are_used(call: Call, model: Model, text: Path, tmp_
     saved, out = tmp_path / "saved.json", tmp_path / "out"
     assert call("sensitivity", model(FAMILY), *SHORT, "--text", text, "--save", saved).code == 0
     before = saved.read_bytes()
-    flags = ("--max-size", "6bpw", "--algorithm", "rtn", "--sensitivity", saved)
-    made = call("make", model(FAMILY), *SHORT, *flags, "--text", text, "-o", out)
+    flags = ("--max-size", "6bpw", "--algorithm", "rtn", "--budget", "0.0001")
+    made = call("make", model(FAMILY), *SHORT[:-1], *flags, "--sensitivity", saved, "--text", text, "-o", out)
     assert made.code == 0, made.err
     assert saved.read_bytes() == before
+    # what is announced is what is done
+    assert f"sensitivities from {saved}" in "".join(made.err.split("\n")) and "sensitivity pass" not in made.err
+    fresh = call("make", model(FAMILY), *SHORT[:-1], *flags, "--text", text, "-o", tmp_path / "fresh")
+    assert fresh.code == 0 and "one sensitivity pass" in fresh.err, fresh.err
 
 
 def test_a_budget_that_is_over_at_once_still_gives_an_artifact(
     call: Call, model: Model, text: Path, tmp_path: Path
 ) -> None:
-    """The reference logits alone take longer. Measured once for a limit, not at all for a size; certified both times."""
+    """Measured once for a limit, not at all for a size, and certified both times."""
     source, size = model(FAMILY), size_of(call, model(FAMILY), "Q4_K_M")
     for name, limit, tries in (("loss", ("--max-kl", "0.3"), 1), ("size", ("--max-size", f"{size}B"), 0)):
         out = tmp_path / name
@@ -158,7 +162,8 @@ def test_a_contract_that_nothing_keeps(call: Call, model: Model, text: Path, tmp
         (("--max-size", "1000B", "--algorithm", "awq -> rtn"), "the smallest possible plan takes"),
         (("--max-size", 400 * "9" + "B"), "--max-size"),
         (("--max-size", "6bpw", "--pin", "attn_w=q8_0"), "--pin attn_w: matches no matrix"),
-        (("--max-size", "6bpw", "--pin", "attn_v=q9"), "q9"),
+        (("--max-size", "6bpw", "--pin", "attn_v=q9"), "unknown grid 'q9'; gguf has, among others, iq2_s, "),
+        (("--max-size", "6bpw", "--pin", "attn_v=q4k"), "unknown grid 'q4k'; did you mean q4_k"),
         (("--max-size", "6bpw", "--pin", "attn_v"), "NAME=GRID"),
         (("--max-kl", "0.1", "--budget", "0"), "--budget"),
         (("--preset", "Q4_K_M", "--pin", "attn_v=q8_0"), "--pin is for a search"),
@@ -178,5 +183,15 @@ def test_wrong_input(
     made = call("make", model(FAMILY), *SHORT, *flags, "--text", text, "-o", tmp_path / "out")
     assert made.code == 2
     assert said in made.err
-    assert made.err.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+    assert made.err.count("\n") == 1 and len(made.err) < 600
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pin_that_the_target_cannot_hold(
+    call: Call, model: Model, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("anyquant.pipeline.make.load_splits", None)
+    flags = ("--max-kl", "0.1", "--pin", "attn_v=int4-g128")
+    made = call("make", model(FAMILY), *SHORT, *flags, "--text", text, "-o", tmp_path / "out")
+    assert made.code == 6 and "GGUF has no tensor type for grid 'int4-g128'" in made.err
+    assert not list(tmp_path.iterdir())

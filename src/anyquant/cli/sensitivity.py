@@ -46,7 +46,6 @@ def command(model: str, as_json: bool, quiet: bool, html: Path | None, show: str
     anyquant sensitivity PATH --for llama.cpp --text mine.txt -o sensitivity.html
     """
     from anyquant import api
-    from anyquant.grids import grid as find_grid
     from anyquant.pipeline.heat import page, shown_grid
     from anyquant.store.system import writing
 
@@ -54,17 +53,11 @@ def command(model: str, as_json: bool, quiet: bool, html: Path | None, show: str
     candidates = () if names is None else tuple(name.strip() for name in names.split(",") if name.strip())
     if names is not None and not candidates:
         raise UsageError("--candidates names no grid; write e.g. q3_k,q4_k,q6_k")
-    if show is not None and candidates and show not in candidates:
-        raise UsageError(f"--show {show} is none of the candidates: {', '.join(candidates)}")
-    if show is not None:
-        find_grid(show)
     if html is not None and not html.parent.is_dir():
         raise OutputError(f"{html}: there is no folder {html.parent}; make it first")
     with TerminalProgress(quiet) as progress:
-        found = api.sensitivity(model, candidates=candidates, progress=progress, **flags)
+        found = api.sensitivity(model, candidates=candidates, show=show, progress=progress, **flags)
     grid = shown_grid(found) if show is None else show
-    if grid not in found.grids:
-        raise UsageError(f"--show {grid} is none of the candidates: {', '.join(found.grids)}")
     if html is not None:
         with writing(html):
             html.write_text(page(found, Path(model).name or model, grid), encoding="utf-8")

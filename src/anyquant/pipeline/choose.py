@@ -10,7 +10,7 @@ from anyquant.core.errors import AnyQuantError
 from anyquant.core.progress import Progress
 from anyquant.formats.base import Rules
 from anyquant.pipeline.measure import ReferenceLogits
-from anyquant.pipeline.planner import Job, Model, make_job
+from anyquant.pipeline.planner import Job, Model, make_job, refuse_unknown
 from anyquant.pipeline.portions import Question
 from anyquant.pipeline.quantized import Quantizer
 from anyquant.pipeline.recipe import Recipe
@@ -18,7 +18,7 @@ from anyquant.pipeline.request import Request
 from anyquant.pipeline.rows import Unweighted
 from anyquant.pipeline.search import Found, Search, space_of
 from anyquant.pipeline.selection import Selection
-from anyquant.pipeline.sensitivity import Sensitivity, portions_of, refuse, sensitivities
+from anyquant.pipeline.sensitivity import Sensitivity, ask, portions_of, recall, refuse
 from anyquant.pipeline.watch import Watch
 
 
@@ -45,10 +45,12 @@ class Chooser:
     def refuse(self) -> None:
         """Raise now what a search would raise later: for its file, for pins, and for too few bytes."""
         request = self._request
+        pinned = filter(None, (rule.grid for rule in request.recipe.pinned))
+        refuse_unknown(pinned, self._rules, self._model.architecture)
         question = Question(self._model, self._rules, (), Unweighted())
         refuse(question, request.sensitivity)
         blank = Sensitivity("", question.method, 0, 0, 0.0, 0, portions_of(question))
-        self._search(blank, _not_yet).refuse_size()
+        self._search(blank, _not_yet).refuse()
 
     def choose(self, splits: Splits, reference: ReferenceLogits, selection: Selection, quantizer: Quantizer) -> Chosen:
         """Measured on *select*, whose logits are the `reference`.
@@ -86,10 +88,11 @@ class Chooser:
             statistics=quantizer.importance(self._job(replace(recipe, preset=request.target.default_preset))),
             dtype=recipe.calibration.dtype,
         )
-        self._say_cost(splits, question.draws)
         with self._watch.stage("sensitivity"):
+            known = recall(question, request.sensitivity, self._progress)
+            self._say_cost(splits, question.draws if known is None else 0)
             folder = request.out.absolute().parent
-            return sensitivities(question, folder, request.threads, self._progress, request.sensitivity)
+            return known or ask(question, folder, request.threads, self._progress, request.sensitivity)
 
     def _job(self, recipe: Recipe) -> Job:
         return make_job(self._model, self._rules, recipe, not recipe.calibration.data_free)
@@ -99,11 +102,12 @@ class Chooser:
         return seconds is not None and self._watch.clock() - self._began > seconds
 
     def _say_cost(self, splits: Splits, draws: int) -> None:
-        """What the search will take, from what the reference logits of *select* took."""
+        """What the search will take, from what the reference logits of *select* took. No draws: the pass is spared."""
         bounds, tokens = self._request.bounds, token_count(splits.select)
         once = self._watch.seconds["reference"]
+        asked = f"one sensitivity pass (about {2 + 2 * draws} runs over {tokens:,} tokens, of {once:.0f} s each), then "
         text = (
-            f"search: one sensitivity pass (about {2 + 2 * draws} runs over {tokens:,} tokens, of {once:.0f} s each), "
-            f"then at most {bounds.evaluations} artifacts made and measured, and one certified"
+            f"search: {asked if draws else ''}at most {bounds.evaluations} artifacts made and measured on "
+            f"{tokens:,} tokens, and one certified"
         )
         self._progress.say(text + (f"; at most {bounds.seconds / 60:g} minutes" if bounds.seconds else ""))

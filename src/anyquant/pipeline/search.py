@@ -100,7 +100,7 @@ class Search:
         """
         groups: Sequence[Group] = self._space.groups
         limits, seen = self._contract, None
-        self.refuse_size()
+        self.refuse()
         if stronger and effort.evaluations > PROBES and not effort.expired():
             groups, seen = self._compared(groups, effort.expired, say)
             done = PROBES - (seen is not None)  # what was seen counts among the tries of the search itself
@@ -154,12 +154,13 @@ class Search:
         fits = self._contract.max_size is None or self.nbytes(probe.choice) <= self._contract.max_size
         return [self._corrected(group, scale, share) for group in groups], seen if fits else None
 
-    def refuse_size(self) -> None:
-        """Raise BudgetTooSmallError before anything is made."""
+    def refuse(self) -> None:
+        """Raise BudgetTooSmallError before anything is made, UnsupportedError for a pin that the target cannot hold."""
         limit = self._contract.max_size
         groups = self._space.groups
         smallest = {group.name: min(group.candidates, key=lambda each: each.nbytes).name for group in groups}
-        if limit is not None and (nbytes := self.nbytes(smallest)) > limit:
+        nbytes = self.nbytes(smallest)
+        if limit is not None and nbytes > limit:
             raise BudgetTooSmallError(limit, nbytes)
 
     def _probe(self, groups: Sequence[Group]) -> Allocation:
