@@ -282,6 +282,25 @@ def test_the_first_measurement_is_made_when_time_is_over_before_it() -> None:
     assert within.best is not None and within.best.measured is None and not tested.measurements
 
 
+def test_the_frontier_is_what_is_measured_elsewhere() -> None:
+    """Predictions that are off by a factor are told by it, header included, whatever the search was for."""
+    tested = replace(world(3, noise=0.0), power=1.0, factor=3.0)
+    limit = limit_of(tested, 3)
+    size = int(0.3 * curve(tested.groups).nbytes[-1])
+    for outcome in (
+        smallest_within_limits(tested.problem(limit)),
+        best_within_bytes(tested.problem(None, max_bytes=size)),
+        smallest_within_limits(tested.problem(limit, max_bytes=size // 2)),
+    ):
+        assert len(outcome.frontier) > 30
+        assert [place for place, _ in outcome.frontier] == sorted(place for place, _ in outcome.frontier)
+        for place, loss in outcome.frontier[1:-1:7]:
+            best = allocate(tested.groups, place - HEADER).choice
+            assert loss == pytest.approx(tested.measure(None)(best).loss, rel=1e-3)
+    nothing = best_within_bytes(tested.problem(None, max_bytes=size), Effort(evaluations=0))
+    assert nothing.frontier == ()
+
+
 def middle(tested: World) -> Choice:
     return {group.name: group.candidates[5].name for group in tested.groups}
 

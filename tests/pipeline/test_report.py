@@ -83,6 +83,7 @@ KEYS = [
     "conversion",
     "speed",
     "points",
+    "frontier",
     "ledger",
     "recipe",
     "data",

@@ -39,7 +39,8 @@ class Ended(StrEnum):
 class Outcome:
     """`best` is the choice to take where `reached`, else the one that came nearest to the limits (None: none tried).
 
-    `reason` is a sentence or two for the report; `tries` are in the order they were made.
+    `reason` is a sentence or two for the report; `tries` are in the order they were made. `frontier`: the loss that is
+    expected of the best choice for given bytes, see `Session.frontier`.
     """
 
     best: Try | None
@@ -47,6 +48,7 @@ class Outcome:
     ended: Ended
     reason: str
     tries: tuple[Try, ...]
+    frontier: tuple[tuple[int, float], ...] = ()
 
 
 def smallest_within_limits(
@@ -69,7 +71,7 @@ def smallest_within_limits(
         return _missed(session, ladder)
     base = repair(session, base, shrink=True)
     ended = _ended(session)
-    return Outcome(base, True, ended, _found(base, session, ended), tuple(session.tries))
+    return Outcome(base, True, ended, _found(base, session, ended), tuple(session.tries), session.frontier())
 
 
 def best_within_bytes(problem: Problem, effort: Effort | None = None, say: Callable[[str], None] = silent) -> Outcome:
@@ -89,7 +91,7 @@ def best_within_bytes(problem: Problem, effort: Effort | None = None, say: Calla
         return Outcome(base, True, _ended(session), "The predicted best choice within the bytes; not measured.", ())
     base = repair(session, min(session.tries, key=_loss), shrink=False)
     ended = _ended(session)
-    return Outcome(base, base.passed, ended, _found(base, session, ended), tuple(session.tries))
+    return Outcome(base, base.passed, ended, _found(base, session, ended), tuple(session.tries), session.frontier())
 
 
 def _loss(tried: Try) -> float:
@@ -225,7 +227,7 @@ def _missed(session: Session, ladder: _Ladder) -> Outcome:
     else:
         ended = Ended.UNREACHABLE
         reason = f"Even the choice of least loss, {ladder.largest:,} bytes, misses a limit. {offer}"
-    return Outcome(nearest, False, ended, reason, tries)
+    return Outcome(nearest, False, ended, reason, tries, session.frontier())
 
 
 _WHY = {

@@ -3,12 +3,17 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import median
 
-from anyquant.contract.allocate import Allocation, BudgetTooSmallError, Choice, Group, allocate
+import numpy as np
+
+from anyquant.contract.allocate import Allocation, BudgetTooSmallError, Choice, Group, allocate, curve
 from anyquant.contract.measured import Measured
 from anyquant.core.errors import AnyQuantError
 
 _ROUNDS = 40  # of lowering the budget until the exact bytes hold
+_PLACES = 64  # of the frontier
+_VISIBLE = 1e-4  # of its largest loss; less is of no interest
 
 
 def never() -> bool:
@@ -154,6 +159,23 @@ class Session:
         if exact > limit:
             raise BudgetTooSmallError(limit, exact)
         return found.choice, exact
+
+    def frontier(self) -> tuple[tuple[int, float], ...]:
+        """(bytes, loss) along the best choices by prediction, as the tries say that predictions are off; by bytes.
+
+        One factor for all of them, the middle one of measured over predicted. Empty where nothing was measured.
+        """
+        factors = [t.measured.loss / t.predicted for t in self.tries if t.measured is not None and t.predicted > 0]
+        factors = [factor for factor in factors if 0 < factor < math.inf]
+        if not factors:
+            return ()
+        whole, factor = curve(self.problem.groups), median(factors)
+        shown = whole.loss > max(_VISIBLE * float(whole.loss[0]), 0.0)
+        nbytes, heights = whole.nbytes[shown], np.log(whole.loss[shown])
+        if not len(heights):
+            return ()
+        places = np.searchsorted(-heights, np.linspace(-heights[0], -heights[-1], _PLACES))
+        return tuple((int(nbytes[at]) + self.overhead, factor * math.exp(heights[at])) for at in np.unique(places))
 
     def attempt(self, choice: Choice, step: str) -> Try:
         """Measure a choice, and record it. Raises AnyQuantError when no measurement is left."""

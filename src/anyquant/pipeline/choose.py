@@ -24,10 +24,11 @@ from anyquant.pipeline.watch import Watch
 
 @dataclass(frozen=True)
 class Chosen:
-    """The job to publish, and a sentence about how it was found."""
+    """The job to publish, and a sentence about how it was found; `frontier`: (bytes, mean KL) as expected elsewhere."""
 
     job: Job
     reason: str
+    frontier: tuple[tuple[int, float], ...] = ()
 
 
 def _not_yet(job: Job) -> Found:
@@ -72,7 +73,8 @@ class Chooser:
         outcome = search.run(effort, stronger, self._progress.say)
         if outcome.best is None:
             raise AnyQuantError(outcome.reason)  # not with a first measurement, which is always made
-        return Chosen(search.job(outcome.best.choice), f"On the select text: {outcome.reason}")
+        reason = f"On the select text: {outcome.reason}"
+        return Chosen(search.job(outcome.best.choice), reason, outcome.frontier)
 
     def _search(self, found: Sensitivity, measure: Callable[[Job], Found]) -> Search:
         request, recipe, architecture = self._request, self._request.recipe, self._model.architecture

@@ -55,6 +55,7 @@ class _Evidence:
     """What has been measured so far."""
 
     points: tuple[Point, ...] = ()
+    frontier: tuple[tuple[int, float], ...] = ()
     sentences: tuple[str, ...] = ()
     measures: Measures | None = None
     drops: tuple[Drop, ...] = ()
@@ -205,7 +206,7 @@ class Maker:
             found = chooser.choose(splits, reference, selection, quantizer)
         finally:
             reference.close()
-        self.evidence.sentences = (found.reason,)
+        self.evidence.sentences, self.evidence.frontier = (found.reason,), found.frontier
         return found.job
 
     def _certify(self, job: Job, stage: Stage, splits: Splits, tokenizer: Tokenizer) -> None:
@@ -288,6 +289,7 @@ class Maker:
             proof=shown(request.target, self.evidence.proof),
             speed=self.evidence.proof.speed,
             points=tuple(self.evidence.points),
+            frontier=self.evidence.frontier,
             ledger=make_ledger(job, verified.errors, finished.quantized.kinds),
             recipe=job.recipe.as_dict(),
             data={} if splits is None else describe(splits, request.recipe.calibration, request.choose),

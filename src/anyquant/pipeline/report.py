@@ -63,7 +63,8 @@ class Report:
 
     `chain` is what was done to the matrices, as one writes it. `notes` say matrix by matrix what was decided on the way
     or did not go as usual. `deployment` is how to run it. `limits` are those of the contract, each with its
-    evidence. `proof` says whether a runtime confirmed what the bytes mean, or only their schema.
+    evidence. `proof` says whether a runtime confirmed what the bytes mean, or only their schema. `frontier`: (bytes,
+    mean KL) that a search expects of the best mixtures of other sizes.
     """
 
     anyquant: str
@@ -95,6 +96,7 @@ class Report:
     deployment: Deployment | None = None
     limits: tuple[LimitResult, ...] = ()
     proof: str = ""
+    frontier: tuple[tuple[int, float], ...] = ()
 
     @property
     def bits_per_weight(self) -> float:
@@ -132,7 +134,7 @@ class Report:
             for line in self.ledger.lines
             if line.error is not None and line.name.startswith("blocks.") and ".experts." not in line.name
         ]
-        picture = size_and_loss(self.points, self.limit, QUALITIES, self.source_bytes)
+        picture = size_and_loss(self.points, self.limit, QUALITIES, self.source_bytes, self.frontier)
         return {"size": picture, "errors": error_map(cells)}
 
 
