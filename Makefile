@@ -29,7 +29,7 @@ test: $(INSTALLED)
 	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-slow: $(INSTALLED)
-	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -n 2 -m slow
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -n 2 -m slow -rs
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check src tests tools bench

@@ -16,8 +16,9 @@ from anyquant.formats.autoround.scheme import AutoRound
 from anyquant.formats.folder.format import FolderFormat
 from anyquant.store.safetensors import SafetensorsCheckpoint
 from support.checkpoints import make_checkpoint
+from support.folders import chosen, open_model
 from support.packed import Packed, packed_cases
-from support.quantized import altered, as_quantized, chosen, open_model
+from support.quantized import altered, as_quantized
 from support.write import make_plan, write
 
 FORM = FORMATS.get("auto-round")
@@ -130,6 +131,8 @@ DOWN, OUTPUT = "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.o_proj"
         ({"packing_format": "auto_round:llm_compressor"}, "'auto_round:llm_compressor' is not read"),
         ({"data_type": "mx_fp"}, "data_type 'mx_fp'"),
         ({"act_bits": 8}, "act_bits 8 is not read"),
+        ({"act_bits": "8"}, "act_bits '8' is not read"),
+        ({"packing_format": ["auto_round"]}, "packing_format .* is not read"),
         ({"rotation_config": {"a": 1}}, "rotation_config"),
         ({"bits": 9}, "9 bits are not read"),
         ({"bits": True}, "bits True, expected an int"),
@@ -154,5 +157,6 @@ def test_other_names_of_the_packing_format_are_read(folder: Path, tmp_path: Path
     name = "model.layers.0.self_attn.q_proj.weight"
     expected = read_tensor(as_model(SafetensorsCheckpoint(folder)), name)
     for number, form in enumerate(("auto_round:gptq", None)):
-        stored = altered(folder, tmp_path / str(number), {"packing_format": form}, {})
+        change = {"packing_format": form, "quant_method": "intel/auto-round"}
+        stored = altered(folder, tmp_path / str(number), change, {})
         np.testing.assert_array_equal(read_tensor(as_model(stored), name), expected)

@@ -18,8 +18,9 @@ from anyquant.formats.awq.layouts import PackedOutputs, layout
 from anyquant.grids import grid as find_grid
 from anyquant.store.safetensors import SafetensorsCheckpoint
 from support.checkpoints import make_checkpoint
+from support.folders import chosen, open_model
 from support.packed import Packed, packed_cases
-from support.quantized import altered, as_quantized, chosen, open_model
+from support.quantized import altered, as_quantized
 from support.write import make_plan, write
 
 FORM = FORMATS.get("awq")

@@ -23,8 +23,9 @@ from anyquant.grids import grid as find_grid
 from anyquant.models.architecture import Architecture
 from anyquant.store.safetensors import SafetensorsCheckpoint
 from support.checkpoints import make_checkpoint
+from support.folders import chosen, open_model
 from support.packed import Packed, packed_cases
-from support.quantized import altered, as_quantized, chosen, open_model
+from support.quantized import altered, as_quantized
 from support.write import make_plan, write
 
 FORM = FORMATS.get("gptq")
@@ -273,6 +274,8 @@ def test_what_cannot_be_written_is_refused_before_any_work(tmp_path: Path) -> No
         ({"group_size": 64}, "4 groups of 512 inputs, its settings say groups of 64"),
         ({"group_size": None}, "group_size None"),
         ({"checkpoint_format": "marlin"}, "checkpoint_format 'marlin' is not read"),
+        ({"checkpoint_format": {"a": 1}}, "is not read"),
+        ({"sym": "yes"}, "sym 'yes', expected a bool"),
         ({"is_marlin_format": True}, "'marlin' is not read"),
         ({"pack_dtype": "int16"}, "pack_dtype 'int16'"),
         ({"dynamic": [1]}, "dynamic that is no object"),

@@ -25,7 +25,8 @@ from anyquant.formats.folder.reader import QuantizedFolder
 from anyquant.models.architecture import Architecture
 from anyquant.store.safetensors import SafetensorsCheckpoint
 from support.checkpoints import make_checkpoint
-from support.quantized import altered, chosen, open_model
+from support.folders import chosen, open_model
+from support.quantized import altered
 from support.readers import python_of, read, run
 from support.write import make_plan, write
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from anyquant.core.checkpoint import Checkpoint, read_tensor
 from anyquant.core.linear import Role
+from anyquant.core.plan import EMPTY
 from anyquant.models.architecture import Architecture
 from anyquant.models.detect import detect
 from anyquant.store.open import open_checkpoint
@@ -31,9 +32,9 @@ def logits(folder: Path, dtype: torch.dtype, state: Mapping[str, Any] | None = N
         return np.asarray(model(tokens).logits[0].float().numpy())
 
 
-def chosen(architecture: Architecture, grid: str, apart: str) -> dict[str, str]:
-    """`grid` for every Linear of the blocks, `apart` for embedding and head."""
-    return {linear.name: apart if linear.role in APART else grid for linear in architecture.linears}
+def chosen(architecture: Architecture, grid: str, apart: str, changes: Mapping[str, str] = EMPTY) -> dict[str, str]:
+    """`grid` for every Linear of the blocks, `apart` for embedding and head, but for `changes`."""
+    return {linear.name: apart if linear.role in APART else grid for linear in architecture.linears} | dict(changes)
 
 
 def open_model(folder: Path) -> tuple[Checkpoint, Architecture]:

@@ -1,4 +1,4 @@
-"""Quantized folders for tests: what is chosen for whom, what must come out, and damaged copies."""
+"""Quantized folders for tests: what must come out of them, and damaged copies."""
 
 import json
 from collections.abc import Mapping
@@ -10,27 +10,10 @@ import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 
 from anyquant.core.checkpoint import Checkpoint, read_view
-from anyquant.core.linear import Linear, Role
-from anyquant.core.plan import EMPTY
+from anyquant.core.linear import Linear
 from anyquant.formats.folder.scheme import APART
 from anyquant.grids import grid as find_grid
-from anyquant.models.architecture import Architecture
-from anyquant.models.detect import detect
-from anyquant.store.open import open_checkpoint
 from anyquant.store.safetensors import SafetensorsCheckpoint
-
-
-def open_model(folder: Path) -> tuple[Checkpoint, Architecture]:
-    checkpoint = open_checkpoint(folder)
-    return checkpoint, detect(checkpoint)
-
-
-def chosen(architecture: Architecture, grid: str, apart: str, changes: Mapping[str, str] = EMPTY) -> dict[str, str]:
-    """`grid` for the Linears in blocks, `apart` for embedding and head, but for `changes`."""
-    found = {
-        linear.name: apart if linear.role in (Role.EMBEDDING, Role.HEAD) else grid for linear in architecture.linears
-    }
-    return found | dict(changes)
 
 
 def as_quantized(checkpoint: Checkpoint, linear: Linear, grid: str) -> npt.NDArray[np.float32]:

@@ -16,11 +16,18 @@ from anyquant.core.errors import UsageError
 T = TypeVar("T")
 
 
+MOST_LISTED = 24  # names in one line
+
+
 def suggest(name: str, known: list[str]) -> str:
-    """A clause for an error message: names that begin so, else those nearest to a mistyped one, or all of them."""
+    """A clause for an error message: names that begin so, else those nearest to a mistyped one, or what is known."""
     begun = [one for one in known if name and one.lower().startswith(name.lower())][:3]
     near = begun or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    listed = sorted(known)
+    more = f" and {len(listed) - MOST_LISTED} more" if len(listed) > MOST_LISTED else ""
+    return f"known: {', '.join(listed[:MOST_LISTED])}{more}"
 
 
 class Registry(Generic[T]):

@@ -58,6 +58,11 @@ class AutoRound(Scheme):
     candidates: tuple[str, ...] = ("int2-g64", "int3-g128", "int4-g128", "int4-g32", "int8-g128")
     presets: Mapping[str, str] = field(default_factory=lambda: PRESETS)
 
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        """Earlier releases wrote "intel/auto-round"."""
+        settings = config.get("quantization_config")
+        return isinstance(settings, Mapping) and str(settings.get("quant_method")).endswith(self.name)
+
     def variant(self, decision: Decision) -> str:
         name = parse(decision.grid)
         return decision.grid if name is None else f"{decision.grid}:{ENDS[_packing(name)]}"
@@ -112,12 +117,14 @@ def find_modules(stored: Checkpoint) -> Mapping[str, Found]:
     """
     settings, where = settings_of(stored), stored.location
     stated = settings.get("packing_format") or GPTQ
-    form = ALIASES.get(stated, stated)
-    if form not in ENDS:
+    form = ALIASES.get(stated, stated) if isinstance(stated, str) else None
+    if form is None or form not in ENDS:
         raise UnsupportedError(f"{where}: packing_format {stated!r} is not read; known: {', '.join(ENDS)}")
-    if settings.get("data_type", "int") != "int" or (settings.get("act_bits") or WHOLE) < WHOLE:
-        kind, bits = settings.get("data_type"), settings.get("act_bits")
-        raise UnsupportedError(f"{where}: data_type {kind!r} with act_bits {bits!r} is not read, only integer weights")
+    kind, inputs = settings.get("data_type"), settings.get("act_bits")
+    if kind not in (None, "int") or inputs not in (None, 16, 32):
+        raise UnsupportedError(
+            f"{where}: data_type {kind!r} with act_bits {inputs!r} is not read, only integer weights"
+        )
     if settings.get("rotation_config"):
         raise UnsupportedError(f"{where}: weights under a rotation (rotation_config) are not read")
     extra = _extra(settings, where)
@@ -126,7 +133,7 @@ def find_modules(stored: Checkpoint) -> Mapping[str, Found]:
     asymmetric = form == AWQ or not all(row.get("sym", True) for row in (settings, *extra.values()))
     found, names = {}, set(stored.names())
     for path in quantized_paths(stored):
-        if extra.get(path, {}).get("bits", 0) >= WHOLE:
+        if (extra.get(path, {}).get("bits") or 0) >= WHOLE:
             raise BadInputError(f"{where}: extra_config leaves {path} in {WHOLE} bits, yet it has a qweight")
         reach, shape = measured(stored, path, widths, sizes, packed_outputs=form == AWQ)
         end = ENDS[form].replace("bare", "order") if path + G_IDX in names else ENDS[form]

@@ -33,7 +33,7 @@ from anyquant.grids import grid as find_grid
 
 INTEGER = re.compile(r"(int([2-8])-(?:g(\d+)|channel)(-asym)?)(?:-f16)?")
 Scalar = TypeVar("Scalar", bound=np.generic)
-LONG_RUNS = 1024  # rows packed together: they lie side by side, and so fewer and longer pieces are written
+LONG_RUNS = 256  # rows packed together: they lie side by side, and so fewer and longer pieces are written
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,8 @@ def exact_scales(values: Float32, dtype: str = "F16") -> Bytes:
 def layout(variant: str) -> PackedInputs | None:
     """The layout of a grid's name with flags behind it: ":2" or ":1", ":borrowing", ":order" or ":bare", ":bf16".
 
-    None where the grid is no integer grid with scales by group or row.
+    Without a version it is the one that holds all of the grid. None where the grid is no integer grid with scales by
+    group or row.
     """
     grid, *flags = variant.split(":")
     name = parse(grid)
@@ -234,7 +235,7 @@ def layout(variant: str) -> PackedInputs | None:
         return None
     return PackedInputs(
         name,
-        version=2 if "2" in flags else 1,
+        version=2 if "2" in flags or (name.asymmetric and "1" not in flags) else 1,
         borrowing="borrowing" in flags,
         indexed="bare" not in flags,
         ordered="order" in flags,

@@ -113,7 +113,7 @@ def _version(settings: Mapping[str, Any], where: str) -> str:
     form = settings.get("checkpoint_format") or settings.get("format") or "gptq"
     if settings.get("is_marlin_format"):
         form = "marlin"
-    if form not in VERSIONS:
+    if not isinstance(form, str) or form not in VERSIONS:
         raise UnsupportedError(f"{where}: checkpoint_format {form!r} is not read; known: {', '.join(VERSIONS)}")
     if settings.get("pack_dtype") not in (None, "int32"):
         raise UnsupportedError(f"{where}: pack_dtype {settings['pack_dtype']!r} is not read, only int32")
