@@ -2,7 +2,7 @@
 
     python bench/stock.py MODEL --text TEXT > stock.jsonl
     python bench/contract.py MODEL --text TEXT --stock stock.jsonl [--sizes Q4_K_M,Q3_K_M,Q2_K] [--losses Q5_K_M]
-        [--budget MINUTES]
+        [--budget MINUTES] [--sensitivity FILE]
 
 For each mixture of `stock.jsonl`, `anyquant make --max-size` with the bytes of its file, or `--max-kl` with its loss;
 with `--budget` each search ends after so many minutes. Both are judged in llama.cpp on the *certify* text. For a loss,
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="Q4_K_M,Q3_K_M,Q2_K")
     parser.add_argument("--losses", default="Q5_K_M")
     parser.add_argument("--budget", type=float)
+    parser.add_argument("--sensitivity", type=Path, help="used by all searches, made by the first if it is not there")
     given = parser.parse_args()
     rows = {row["preset"]: row for row in map(json.loads, given.stock.read_text().splitlines())}
     with tempfile.TemporaryDirectory() as temporary, TerminalProgress(False) as progress:
@@ -69,7 +70,7 @@ def main() -> None:
                     contract=aq.Contract(**limit),
                     text=given.text,
                     budget=given.budget,
-                    sensitivity=folder / "sensitivity.json",
+                    sensitivity=given.sensitivity or folder / "sensitivity.json",
                     out=folder / name,
                     progress=progress,
                 )

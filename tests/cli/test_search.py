@@ -66,6 +66,7 @@ def test_error_feedback_is_measured_before_it_is_used(call: Call, model: Model, 
     report = report_of(out)
     rounded, fed_back, *_ = report["points"]
     assert rounded["detail"].removeprefix("rtn") == fed_back["detail"].removeprefix("gptq; rtn")
+    assert 0.98 * limit < rounded["nbytes"] <= limit  # a search that ends here has used its bytes
     used = "gptq" in {line["algorithm"] for line in report["ledger"]["lines"]}
     assert used == (fed_back["kl"] < 0.95 * rounded["kl"])
     # what was found is a recipe: made again from it, the tensors are the same

@@ -312,6 +312,10 @@ def test_two_runs_are_one() -> None:
         smallest_within_limits(tested.problem(limit_of(tested, 9)), say=lines.append)
     assert said[0] == said[1] and len(said[0]) > 3
     assert said[0][0].startswith("try 1: ") and " bytes, predicted " in said[0][0]
+    assert all(" room (" in line for line in said[0])
+    sizes: list[str] = []
+    best_within_bytes(world(9).problem(None, max_bytes=2 * 10**8), say=sizes.append)
+    assert sizes[0].endswith("(predicted)") and not any("room" in line for line in sizes)
 
 
 def test_collapsed_and_missing_values_never_pass() -> None:
@@ -336,7 +340,7 @@ def test_scores_of_any_limit(limit: float) -> None:
     """The sign is that of the cautious value against the limit, for limits and values of either sign."""
     for value in (-2.0, -0.1, 0.0, 0.01, 0.019, 0.03, 5.0):
         margin = Margin("drop", value, 0.001, limit)
-        assert margin.cautious() == pytest.approx(value + (1.6449 + 2.0871) * 0.001, abs=1e-6)
+        assert margin.cautious() == pytest.approx(value + (1.6449 + 2.6598) * 0.001, abs=1e-6)
         assert (margin.score() <= 0) == (margin.cautious() <= limit)
     assert Margin("drop", math.nan, 0.0, limit).score() > 0
 
@@ -356,14 +360,17 @@ def test_directions_and_pairs() -> None:
 
 
 def test_what_passes_is_certified_nine_times_in_ten_and_a_false_pass_is_rare() -> None:
-    """A choice just within the margin is certified with about 90 %; one just at the limit passes both seldom."""
+    """A choice just within the margin is certified with more than 90 %, as none of several was picked here.
+
+    One just at the limit passes both seldom.
+    """
     rng, counts, trials = np.random.default_rng(12), np.ones(DOCUMENTS), 4000
     spread = 0.5
 
     def draw(mean: float) -> tuple[float, float]:
         return ratio(mean * rng.gamma(1 / spread**2, spread**2, DOCUMENTS), counts)
 
-    room = 1 / (1 + 3.732 * spread / math.sqrt(DOCUMENTS))
+    room = 1 / (1 + 4.3047 * spread / math.sqrt(DOCUMENTS))
     certified, false = [], 0
     for _ in range(trials):
         value, error = draw(room)
@@ -374,7 +381,7 @@ def test_what_passes_is_certified_nine_times_in_ten_and_a_false_pass_is_rare() -
         (value, error), (again, its_error) = draw(1.0), draw(1.0)
         false += Margin("", value, error, 1.0).score() <= 0 and again + 1.6449 * its_error <= 1.0
     assert len(certified) > 300
-    assert 0.84 < np.mean(certified) < 0.95
+    assert 0.91 < np.mean(certified) < 0.98
     assert false / trials < 0.01
 
 
@@ -429,8 +436,8 @@ def test_a_metric_that_nothing_changes_is_kept_by_the_smallest() -> None:
 
 def test_students_quantiles() -> None:
     """Against scipy's inverse."""
-    for documents in (5, 8, 14, 20, 43, 1000):
-        assert likely(documents) == pytest.approx(float(stats.t.ppf(0.93, documents - 1)), rel=3e-3)
-    assert likely(None) == pytest.approx(float(stats.norm.ppf(0.93)), abs=1e-6) and likely(1) == math.inf
+    for documents in (4, 8, 14, 20, 43, 1000):
+        assert likely(documents) == pytest.approx(float(stats.t.ppf(0.97, documents - 1)), rel=1e-3)
+    assert likely(None) == pytest.approx(float(stats.norm.ppf(0.97)), abs=1e-6) and likely(1) == math.inf
     few, many = (Margin("", 1.0, 0.1, 2.0, None, documents) for documents in (8, 1000))
     assert few.cautious() > many.cautious()

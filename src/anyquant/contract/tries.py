@@ -207,7 +207,9 @@ def sentence(tried: Try) -> str:
     if tried.measured is None:
         return text + ", not measured"
     text += f", measured {tried.measured.loss:.4g} ± {tried.measured.standard_error:.2g}"
-    return f"{text}: {'enough' if tried.passed else 'too little'} room ({tried.step})"
+    if tried.measured.margins:  # without a limit there is nothing to leave room to
+        text += f": {'enough' if tried.passed else 'too little'} room"
+    return f"{text} ({tried.step})"
 
 
 def _least(groups: Sequence[Group]) -> int:

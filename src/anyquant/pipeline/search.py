@@ -171,7 +171,8 @@ class Search:
         if limits.max_kl is not None:
             budget = predicted.nbytes_for(limits.max_kl)
         if limits.max_size is not None:
-            budget = min(budget, limits.max_size - (self.nbytes(smallest.choice) - smallest.nbytes))
+            room = limits.max_size - (self.nbytes(smallest.choice) - smallest.nbytes)
+            budget = min(budget, room) if limits.needs_measures else room  # a short search may end with it
         return allocate(groups, max(int(budget), smallest.nbytes))
 
     def _corrected(self, group: Group, scale: float, share: float) -> Group:
