@@ -20,7 +20,7 @@ LAYERS = [
 ]
 LEVEL = {folder: level for level, row in enumerate(LAYERS) for folder in row}
 HEAVY = {"torch", "transformers", "tokenizers", "accelerate", "compressed_tensors"}
-HEAVY |= {"numba", "gguf", "xllamacpp", "onnx", "onnxruntime", "openvino", "nncf"}
+HEAVY |= {"numba", "gguf", "xllamacpp", "onnx", "onnxruntime", "openvino", "nncf", "mlx", "mlx_lm"}
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:

@@ -10,6 +10,7 @@ from anyquant.grids import grid
 
 LEGACY = ["q8_0", "q4_0", "q4_1", "q5_0", "q5_1"]
 KQUANTS = ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
+AFFINE = ["affine2-g32", "affine4-g64", "affine8-g128"]
 INTEGERS = [
     f"int{bits}-{reach}{asymmetric}"
     for bits, reach in ((2, "g16"), (3, "channel"), (4, "g128"), (5, "tensor"), (8, "g64"), (8, "channel"))
@@ -46,7 +47,7 @@ def values_of(lattice: Lattice) -> npt.NDArray[np.float64]:
     return values
 
 
-@pytest.mark.parametrize("name", LEGACY + KQUANTS + INTEGERS)
+@pytest.mark.parametrize("name", LEGACY + KQUANTS + AFFINE + INTEGERS)
 def test_the_lattice_lists_what_the_grid_decodes_and_encodes(name: str) -> None:
     made = grid(name)
     params = random_params(made)
@@ -66,7 +67,7 @@ def test_the_lattice_lists_what_the_grid_decodes_and_encodes(name: str) -> None:
     assert (np.abs(chosen - weights) <= nearest + 1e-6 * np.maximum(sizes, np.abs(weights))).all()
 
 
-@pytest.mark.parametrize("name", LEGACY + KQUANTS + INTEGERS)
+@pytest.mark.parametrize("name", LEGACY + KQUANTS + AFFINE + INTEGERS)
 def test_columns_apart_are_encoded_and_decoded_as_with_their_rows(name: str) -> None:
     made = grid(name)
     params = random_params(made)

@@ -52,7 +52,7 @@ def test_the_six_bit_and_four_bit_values_are_those_of_the_specification() -> Non
     np.testing.assert_array_equal(values_of(E3M2)[[1, 3, 4, 31, 63]], [0.0625, 0.1875, 0.25, 28.0, -28.0])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "nvfp4-bare"])
 def test_the_nearest_value_is_chosen(name: str) -> None:
     """Ties to the even pattern; beyond the largest value: the largest."""
     made = grid(name)
@@ -61,7 +61,7 @@ def test_the_nearest_value_is_chosen(name: str) -> None:
     x = np.concatenate([middles, levels, levels * 1.01, np.random.default_rng(0).uniform(-9, 9, 3000)])
     x = np.pad(x, (0, -len(x) % 32)).astype(np.float32)
     params: Params = {"scale": np.full((1, len(x) // made.block[1]), 127, dtype=np.uint8)}
-    if name == "nvfp4":
+    if name.startswith("nvfp4"):
         params = {"scale": params["scale"] * 0 + 0x38, "global_scale": np.ones((1, 1), dtype=np.float32)}
     distance = np.abs(x[:, None] - levels)
     nearest = distance == distance.min(axis=1, keepdims=True)
@@ -103,17 +103,18 @@ def test_nvfp4_decodes_as_ggufs_reader_and_as_compressed_tensors() -> None:
 
 @pytest.mark.parametrize("important", [False, True])
 @pytest.mark.parametrize("kind", ["normal", "heavy"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "nvfp4-bare"])
 def test_no_group_is_worse_than_plain_and_all_are_near_the_best_scale(name: str, kind: str, important: bool) -> None:
-    made, weights = grid(name), weights_of(kind)
+    # without a global scale, of a size at which scales are normal numbers
+    made, weights = grid(name), weights_of(kind) * np.float32(16 if name == "nvfp4-bare" else 1)
     importance = importance_of() if important else np.ones(256, dtype=np.float32)
     params, plain = made.fit(weights, importance if important else None), made.plain(weights)
     ours, theirs = (group_errors(made, weights, chosen, importance) for chosen in (params, plain))
     assert (ours <= theirs * (1 + 1e-5)).all()
-    standard = plain if name == "nvfp4" else {"scale": ocp_exponents(made, weights)}
+    standard = plain if name.startswith("nvfp4") else {"scale": ocp_exponents(made, weights)}
     assert ours.sum() < group_errors(made, weights, standard, importance).sum() * 0.995
     best = np.full(ours.shape, np.inf)
-    for scale in range(127 if name == "nvfp4" else 255):
+    for scale in range(127 if name.startswith("nvfp4") else 255):
         tried = {**params, "scale": np.full_like(params["scale"], scale)}
         with np.errstate(over="ignore", invalid="ignore"):
             best = np.fmin(best, group_errors(made, weights, tried, importance))
@@ -162,7 +163,7 @@ def test_nvfp4_plain_is_compressed_tensors_rule_and_the_search_beats_its_own_glo
     assert (normal >= 8).all() and normal.max() <= 126  # no subnormal scale
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "nvfp4-bare"])
 def test_slices_of_rows_and_columns_are_slices_of_the_result(name: str) -> None:
     made, weights = grid(name), weights_of("heavy")
     shared = made.prepare(float(np.abs(weights).max()), (1.0,)) or None

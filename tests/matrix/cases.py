@@ -28,8 +28,9 @@ GRIDS = (
     *("iq4_nl", "iq4_xs", "iq3_s", "iq3_xxs", "iq2_s"),
     *("int2-g16", "int4-g128", "int3-g64-asym", "int4-channel", "int8-channel-asym", "int4-tensor", "int8-tensor-asym"),
     *("int4-g64-asym-f16", "int4-g128-f16"),
+    *("affine2-g64", "affine4-g32", "affine8-g128"),
     *("fp8_e4m3-tensor", "fp8_e5m2-channel", "fp8_e4m3-block", "fp8_e4m3-g128"),
-    *("mxfp4", "mxfp6_e2m3", "mxfp8_e5m2", "nvfp4"),
+    *("mxfp4", "mxfp6_e2m3", "mxfp8_e5m2", "nvfp4", "nvfp4-bare"),
     *("nf4-g64", "nf4-g64-double", "fp4-g128-double"),
     *("codebook2", "codebook4"),
 )

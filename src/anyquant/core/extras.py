@@ -14,6 +14,8 @@ EXTRAS = {
     "xllamacpp": "llamacpp",
     "compressed_tensors": "compressed-tensors",
     "datasets": "datasets",
+    "mlx": "mlx",
+    "mlx_lm": "mlx",
 }
 
 

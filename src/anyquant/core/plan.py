@@ -110,7 +110,8 @@ class Unit:
     handed to `Format.pack` must start and end at multiples of it within each Linear (a row permutation is local to
     such a block). `permutation` names the format's row permutation, or is "". `corrections` are stored beside the
     codes, where the format has a place for them. `variant` is the format's name for one of several ways to store the
-    grid. `inputs` are parts that say how the input of the Linears is rounded.
+    grid. `inputs` are parts that say how the input of the Linears is rounded. `floats`: the type in which the format's
+    layout leaves it to the model to hold scales and the like, where there are such.
     """
 
     name: str
@@ -123,6 +124,7 @@ class Unit:
     corrections: tuple[CorrectionSpec, ...] = ()
     variant: str = ""
     inputs: tuple[str, ...] = ()
+    floats: str = ""
 
 
 @dataclass(frozen=True)

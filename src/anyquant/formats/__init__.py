@@ -21,6 +21,7 @@ FORMATS: Registry[Format] = Registry(
         "modelopt": "anyquant.formats.modelopt.scheme:FORMAT",
         "quark": "anyquant.formats.quark.scheme:FORMAT",
         "fp8": "anyquant.formats.fp8.scheme:FORMAT",
+        "mlx": "anyquant.formats.mlx.scheme:FORMAT",
     },
     "anyquant.formats",
 )

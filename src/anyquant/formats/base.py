@@ -63,8 +63,15 @@ class Rules(Protocol):
         """
         ...
 
+    def own_grid(self, grid: str) -> str:
+        """The grid in which this target holds what is asked for as `grid`: mostly that grid itself."""
+        ...
+
     def fallback(self, grid: str, linear: Linear) -> str | None:
-        """The grid used where the Linear's shape does not lie on `grid`, or None when there is none."""
+        """The grid used where the Linear's shape does not lie on `grid`, or None when there is none.
+
+        The grid "" means as stored in the source.
+        """
         ...
 
     def holds(self, grid: str) -> bool:

@@ -44,6 +44,9 @@ class StateRules:
     def default_grid(self, linear: Linear, architecture: Architecture, grid: str, source: str) -> tuple[str, str]:
         return source, "outside the blocks: kept as stored"
 
+    def own_grid(self, grid: str) -> str:
+        return grid
+
     def fallback(self, grid: str, linear: Linear) -> str | None:
         return None
 

@@ -45,14 +45,19 @@ FAMILIES = (
         ),
     ),
     Family(
+        "anyquant.grids.affine",
+        r"affine[234568]-g(32|64|128)",
+        tuple(f"affine{bits}-g{group}" for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)),
+    ),
+    Family(
         "anyquant.grids.fp8",
         r"fp8_(e4m3|e5m2)-(tensor|channel|block|g128)",
         tuple(f"fp8_{kind}-{reach}" for kind in ("e4m3", "e5m2") for reach in ("tensor", "channel", "block", "g128")),
     ),
     Family(
         "anyquant.grids.microscaling",
-        r"mxfp4|mxfp6_(e2m3|e3m2)|mxfp8_(e4m3|e5m2)|nvfp4",
-        ("mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2", "nvfp4"),
+        r"mxfp4|mxfp6_(e2m3|e3m2)|mxfp8_(e4m3|e5m2)|nvfp4(-bare)?",
+        ("mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2", "nvfp4", "nvfp4-bare"),
     ),
     Family(
         "anyquant.grids.fourbit",

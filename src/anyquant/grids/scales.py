@@ -19,6 +19,8 @@ from anyquant.core.grid import Codes
 Float64 = npt.NDArray[np.float64]
 Trials = tuple[Float32, Float32]
 LARGEST_HALF = 65504.0
+LARGEST_COMMON = 65280.0  # of bfloat16 numbers below it
+UNCHANGED = np.zeros((0, 2), dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class Levels:
     """Levels `low` to `high` in groups of `group` weights; plain rounding puts the largest weight on level `plain`.
 
     `signed`: the scale may be negative, and `plain` and the ladder refer to the largest weight with its sign. `half`:
-    scales are stored as float16, else as bfloat16. `spread`: with importance, an error also weighs
-    sqrt(mean of the row's w^2 + w^2), as in ggml's own searches.
+    scales and minima are stored as float16, else scales as bfloat16, and pairs as numbers that both types hold.
+    `spread`: with importance, an error also weighs sqrt(mean of the row's w^2 + w^2), as in ggml's own searches.
     """
 
     group: int
@@ -53,20 +55,24 @@ def find_scales(weights: Float32, importance: Float32 | None, levels: Levels, la
     return scales.reshape(len(weights), -1)
 
 
-def find_pairs(weights: Float32, importance: Float32 | None, levels: Levels, trials: Trials) -> tuple[Float32, Float32]:
+def find_pairs(
+    weights: Float32, importance: Float32 | None, levels: Levels, trials: Trials, changes: Float32 = UNCHANGED
+) -> tuple[Float32, Float32]:
     """Stored scales and minima, each (rows, in / group) as float32.
 
     `trials` are the path and the ladder. The ladder (candidates, 2) holds the number of levels that the range of a
     group spans, and the level of its middle. The path (candidates,), may be empty, holds the number of levels beyond
     `levels.high` on a range from the best minimum found so far to the largest weight: each refitted minimum moves the
-    ranges that follow. The best of each is refined, and whichever leaves less error is taken.
+    ranges that follow. The best of each is refined, and whichever leaves less error is taken. `changes` (n, 2) of it
+    are tried at the end, stored: a factor of the scale, and levels by which the minimum moves.
     """
     from anyquant.grids.kernels import affine
 
     flat, lanes, spread = _inputs(weights, importance, levels)
     scales = np.empty(flat.size // levels.group, dtype=np.float32)
     minima = np.empty_like(scales)
-    affine.search(flat, lanes, trials, np.float32(levels.high), spread, scales, minima)
+    limits = np.float32(levels.high), levels.half
+    affine.search(flat, lanes, (*trials, changes), limits, spread, scales, minima)
     return scales.reshape(len(weights), -1), minima.reshape(len(weights), -1)
 
 
@@ -174,12 +180,15 @@ class Pair(NamedTuple):
     error: Float64
 
 
-def slow_pairs(weights: Float32, importance: Float32 | None, levels: Levels, trials: Trials) -> tuple[Float32, Float32]:
+def slow_pairs(
+    weights: Float32, importance: Float32 | None, levels: Levels, trials: Trials, changes: Float32 = UNCHANGED
+) -> tuple[Float32, Float32]:
     """`find_pairs`, plainly."""
     x, w = _groups(weights, importance, levels)
     top, bottom = x.max(axis=1), x.min(axis=1)
     middle, length = (top + bottom) / 2, np.where(top > bottom, top - bottom, 1)
     mean = (w * x).sum(axis=1) / w.sum(axis=1)
+    store = _to_half if levels.half else _to_common
 
     def nearest(scale: Float64, minimum: Float64) -> Float64:
         inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
@@ -209,9 +218,9 @@ def slow_pairs(weights: Float32, importance: Float32 | None, levels: Levels, tri
 
     def stored(scale: Float64, minimum: Float64) -> tuple[Float64, Float64]:
         """Rounded; a fitted line is turned about the mean of weights and levels when its scale is rounded."""
-        kept = _to_half(scale)
+        kept = store(scale)
         turn = np.divide(kept, scale, out=np.ones_like(scale), where=scale != 0)
-        return kept, _to_half(mean + (minimum - mean) * turn)
+        return kept, store(mean + (minimum - mean) * turn)
 
     def refined(pair: Pair) -> list[tuple[Float64, ...]]:
         found = [stored(pair.scale, pair.minimum)]
@@ -232,7 +241,12 @@ def slow_pairs(weights: Float32, importance: Float32 | None, levels: Levels, tri
     for steps, at_middle in ladder.astype(np.float64):
         best = refit(best, nearest(length / steps, middle - length / steps * at_middle))
     starts += refined(best)
-    scale, minimum = _least(error, [*starts, (_to_half(plain[0]), _to_half(plain[1]))])
+    scale, minimum = _least(error, [*starts, (store(plain[0]), store(plain[1]))])
+    varied: list[tuple[Float64, ...]] = [(scale, minimum)]
+    for factor, levels_moved in changes.astype(np.float64):
+        turned = mean + (minimum - mean) * factor + scale * factor * levels_moved
+        varied.append((store(scale * factor), store(turned)))
+    scale, minimum = _least(error, varied)
     return (
         scale.reshape(len(weights), -1).astype(np.float32),
         minimum.reshape(len(weights), -1).astype(np.float32),
@@ -260,3 +274,9 @@ def _to_half(values: Float64) -> Float64:
 
 def _to_brain(values: Float64) -> Float64:
     return bfloat16_to_float32(float32_to_bfloat16(values.astype(np.float32))).astype(np.float64)
+
+
+def _to_common(values: Float64) -> Float64:
+    """Numbers that float16 and bfloat16 both hold: eight bits, the last of them no less than 2^-24."""
+    kept = np.clip(values, -LARGEST_COMMON, LARGEST_COMMON)
+    return np.where(np.abs(kept) >= 2.0**-17, _to_brain(kept), np.rint(np.ldexp(kept, 24)) * 2.0**-24)

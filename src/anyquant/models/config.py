@@ -126,9 +126,10 @@ class Fields:
 
 def refuse_quantized(config: Mapping[str, Any], where: str) -> None:
     """Raise UnsupportedError when a config says that the weights are quantized."""
-    settings = config.get("quantization_config") or config.get("compression_config")
+    settings = config.get("quantization_config") or config.get("compression_config") or config.get("quantization")
     if settings:
         named = settings.get("quant_method") if isinstance(settings, Mapping) else settings
+        named = "mlx" if "quantization" in config else named
         raise UnsupportedError(
             f"{where}: the checkpoint is already quantized (quantization_config: {named or 'method not named'}); "
             "start from the original floating-point weights"

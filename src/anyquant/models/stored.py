@@ -21,6 +21,7 @@ QUANTIZED = {
     ".weight_packed": "compressed-tensors",
     ".weight_scale": "compressed-tensors or FP8",
     ".weight_scale_inv": "block-wise FP8",
+    ".scales": "MLX",
     ".absmax": "bitsandbytes",
     ".quant_map": "bitsandbytes",
     "_blocks": "MXFP4",

@@ -31,6 +31,7 @@ from anyquant.pipeline.recipe import Calibration
 from anyquant.pipeline.targets import expect_libraries
 from anyquant.pipeline.texts import load_splits, source_tokenizer, usable_context
 from anyquant.runtimes import RUNTIMES
+from anyquant.runtimes.folder import read_config, runtime_of
 from anyquant.runtimes.kv_cache import KV_CACHE, CacheTypes, cannot_tell
 from anyquant.runtimes.transformers import TransformersRuntime
 from anyquant.store.gguf import GGUFFile
@@ -122,9 +123,9 @@ class Judging:
 
 
 def runtime_name(artifact: Path) -> str:
-    """The runtime that opens an artifact."""
+    """The runtime that opens an artifact: of a folder, by what its config says."""
     if artifact.is_dir() and not (artifact / ARTIFACT).exists():
-        return "transformers"
+        return runtime_of(read_config(artifact))
     return "llama.cpp"
 
 

@@ -15,6 +15,7 @@ RATES = {
     "kquant": 55.0,
     "legacy": 70.0,
     "integer": 50.0,
+    "affine": 30.0,
     "floating": 150.0,
     "fp8": 50.0,
     "iquant": 4.0,

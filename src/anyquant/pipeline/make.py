@@ -47,7 +47,10 @@ from anyquant.runtimes.transformers import TransformersRuntime
 from anyquant.store.publish import Stage
 from anyquant.transforms.checkpoint import settle
 
-LIBRARIES = ("numpy", "numba", "gguf", "torch", "transformers", "tokenizers", "xllamacpp", "compressed-tensors")
+LIBRARIES = (
+    *("numpy", "numba", "gguf", "torch", "transformers", "tokenizers"),
+    *("xllamacpp", "compressed-tensors", "mlx", "mlx-lm"),
+)
 
 
 @dataclass

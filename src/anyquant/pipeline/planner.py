@@ -176,15 +176,22 @@ def _corrections(chain: Chain) -> Iterator[CorrectionSpec]:
         yield CorrectionSpec("low_rank", int(chain.correct.options["rank"]), chain.correct.name)
 
 
-def _fit(decision: Decision, linear: Linear, target: Rules) -> Decision:
-    """The decision, or the format's documented fallback where the shape does not lie on the grid."""
+def _fit(decision: Decision, linear: Linear, target: Rules, stored: str) -> Decision:
+    """The decision on the target's own variant of the grid, or its fallback where the shape does not lie on it.
+
+    `stored` is the grid of the source.
+    """
+    own = target.own_grid(decision.grid)
+    if own != decision.grid:
+        decision = replace(decision, grid=own, reason=f"{decision.reason}; {target.name} holds {own}")
     reason = find_grid(decision.grid).refuses(linear.shape)
     if reason is None:
         return decision
     fallback = target.fallback(decision.grid, linear)
     if fallback is None:
         raise UnsupportedError(f"{linear.name}: {decision.grid} does not fit: {reason}; choose another grid for it")
-    return replace(decision, grid=fallback, reason=f"{decision.reason}; {reason}: falls back to {fallback}")
+    said = f"falls back to {fallback}" if fallback else f"stays {stored}, as stored"
+    return replace(decision, grid=fallback or stored, reason=f"{decision.reason}; {reason}: {said}")
 
 
 def _check(decision: Decision, linear: Linear) -> None:
@@ -251,7 +258,7 @@ def make_plan(model: Model, target: Rules, recipe: Recipe, importance: bool) -> 
     transforms = parse_chain(recipe.chain, recipe.options).transforms
     decisions = {}
     for linear in architecture.linears:
-        fitted = _fit(_decide(linear, wishes[linear.name], importance), linear, target)
+        fitted = _fit(_decide(linear, wishes[linear.name], importance), linear, target, model.stored_grid(linear))
         _check(fitted, linear)
         decisions[linear.name] = replace(fitted, input_activation=input_activation(activation, linear, fitted.grid))
     if activation is not None and not any(decision.input_activation for decision in decisions.values()):

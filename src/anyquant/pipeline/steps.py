@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from anyquant.algorithms import ALGORITHMS
 from anyquant.algorithms.base import Task
-from anyquant.core.errors import AnyQuantError
+from anyquant.core.errors import AnyQuantError, UnsupportedError
 from anyquant.core.plan import Decision, Step
 from anyquant.core.qtensor import QTensor
 
@@ -30,11 +30,15 @@ def pruned(decision: Decision, task: Task) -> Task:
 
 
 def quantized(decision: Decision, task: Task) -> QTensor:
-    """What is left of the (pruned) task."""
+    """What is left of the (pruned) task. What its grid cannot hold is refused by the name of the matrix."""
     quantize = ALGORITHMS.get(decision.algorithm).quantize
     if quantize is None:
         raise AnyQuantError(f"{task.place}: {decision.algorithm} does not quantize a matrix by itself")
-    return quantize(task)
+    try:
+        return quantize(task)
+    except UnsupportedError as error:
+        said = str(error)
+        raise UnsupportedError(said if task.place in said else f"{task.place}: {said}") from None
 
 
 def corrected(decision: Decision, task: Task, result: QTensor) -> QTensor:

@@ -8,6 +8,7 @@ RUNTIMES: Registry[Runtime] = Registry(
     {
         "llama.cpp": "anyquant.runtimes.llamacpp:RUNTIME",
         "transformers": "anyquant.runtimes.huggingface:RUNTIME",
+        "mlx": "anyquant.runtimes.mlx:RUNTIME",
     },
     "anyquant.runtimes",
 )

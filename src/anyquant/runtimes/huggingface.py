@@ -6,38 +6,23 @@ downloaded.
 
 import contextlib
 import io
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-import numpy as np
-
-from anyquant.core.errors import BadInputError, UnsupportedError, UsageError
+from anyquant.core.errors import BadInputError, UnsupportedError
 from anyquant.core.extras import require
 from anyquant.models.building import FAMILIES
-from anyquant.runtimes.base import Logits, sample
+from anyquant.runtimes.base import Logits
+from anyquant.runtimes.folder import TOKENIZER, FolderSession, read_config
 
-TOKENIZER = "tokenizer.json"
-MAXIMUM_CONFIG = 64 << 20
 # of compressed-tensors: what it decodes to bfloat16 only
 BFLOAT16_FORMATS = frozenset({"nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"})
 OPENED = ("compressed-tensors", "fp8")
 
 
-def _config(folder: Path) -> Mapping[str, Any]:
-    try:
-        with (folder / "config.json").open("rb") as file:
-            config = json.loads(file.read(MAXIMUM_CONFIG))
-    except (OSError, ValueError) as error:
-        raise BadInputError(f"{folder}: cannot read config.json: {error}") from None
-    if not isinstance(config, dict):
-        raise BadInputError(f"{folder}: config.json is not an object")
-    return config
-
-
 def _refusals(folder: Path) -> list[str]:
-    config = _config(folder)
+    config = read_config(folder)
     reasons = []
     if config.get("model_type") not in FAMILIES:
         reasons.append(f"model type {config.get('model_type')!r} is not one of {', '.join(sorted(FAMILIES))}")
@@ -52,13 +37,13 @@ def _refusals(folder: Path) -> list[str]:
 
 def _computes_in_bfloat16(folder: Path) -> bool:
     """Whether the library decodes some weights of the folder to bfloat16, whatever the type of the rest."""
-    settings = _config(folder).get("quantization_config") or {}
+    settings = read_config(folder).get("quantization_config") or {}
     groups = settings.get("config_groups") or {}
     formats = {group.get("format") for group in groups.values() if isinstance(group, dict)}
     return not BFLOAT16_FORMATS.isdisjoint({settings.get("format"), *formats})
 
 
-class HuggingFaceSession:
+class HuggingFaceSession(FolderSession):
     """A loaded folder. Computes in float32, where the quantized scheme allows it."""
 
     def __init__(self, folder: Path, context: int, threads: int | None) -> None:
@@ -68,7 +53,7 @@ class HuggingFaceSession:
         transformers = require("transformers")
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        model_class = getattr(transformers, FAMILIES[str(_config(folder)["model_type"])][1])
+        model_class = getattr(transformers, FAMILIES[str(read_config(folder)["model_type"])][1])
         dtype = self._torch.bfloat16 if _computes_in_bfloat16(folder) else self._torch.float32
         try:
             # compressed-tensors draws progress bars that cannot be switched off, the last when the first token comes
@@ -80,31 +65,17 @@ class HuggingFaceSession:
                     self._model(self._torch.zeros(1, 1, dtype=self._torch.long))
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise BadInputError(f"{folder}: transformers cannot load it: {error}") from None
-        self._tokenizer = require("tokenizers").Tokenizer.from_file(str(folder / TOKENIZER))
-        self._context = context
+        ends = self._model.generation_config.eos_token_id
+        super().__init__(folder, context, ends if isinstance(ends, list) else [ends])
         self._cache: Any = None
 
     @property
     def vocabulary(self) -> int:
         return int(self._model.config.vocab_size)
 
-    @property
-    def context(self) -> int:
-        return self._context
-
-    def tokenize(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
-        """Ids by the folder's own tokenizer; special tokens in the text are always recognised by that library."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special).ids
-        return ids
-
-    def detokenize(self, ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
-        return text
-
     def logits(self, tokens: Sequence[int]) -> Logits:
         """float32 (tokens, vocabulary) of a fresh sequence. Raises UsageError when it is longer than the context."""
-        if not 0 < len(tokens) <= self._context:
-            raise UsageError(f"{len(tokens)} tokens do not fit a context of {self._context}")
+        self._expect_room(tokens)
         with self._torch.no_grad():
             output = self._model(self._torch.tensor([list(tokens)]), use_cache=False).logits
         found: Logits = output[0].float().numpy()
@@ -114,14 +85,6 @@ class HuggingFaceSession:
         """Forget the sequence so far."""
         self._cache = None
 
-    def decode(self, tokens: Sequence[int]) -> Logits:
-        """Append tokens all at once; logits after the last one, float32 (vocabulary,)."""
-        return self._advance(list(tokens))
-
-    def step(self, token: int) -> Logits:
-        """Append one token."""
-        return self._advance([token])
-
     def _advance(self, ids: list[int]) -> Logits:
         with self._torch.no_grad():
             output = self._model(self._torch.tensor([ids]), past_key_values=self._cache, use_cache=True)
@@ -129,33 +92,8 @@ class HuggingFaceSession:
         last: Logits = output.logits[0, -1].float().numpy()
         return last
 
-    def generate(self, prompt: str, tokens: int, temperature: float = 0.0, seed: int = 0) -> Iterator[str]:
-        """Greedy at temperature 0, sampled otherwise; ends at the model's end-of-text token."""
-        random = np.random.default_rng(seed)
-        ends = self._model.generation_config.eos_token_id
-        stop = set(ends if isinstance(ends, list) else [ends])
-        ids = self.tokenize(prompt)
-        self.clear()
-        logits, shown = self.decode(ids), self.detokenize(ids)
-        for _ in range(tokens):
-            token = sample(logits, temperature, random)
-            if token in stop:
-                return
-            ids.append(token)
-            text = self.detokenize(ids)
-            if not text.endswith("\ufffd"):  # half of a character: wait for the rest
-                yield text[len(shown) :]
-                shown = text
-            logits = self.step(token)
-
     def close(self) -> None:
         self._model, self._cache = None, None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        self.close()
 
 
 class HuggingFaceRuntime:

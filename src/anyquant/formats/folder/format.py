@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,27 @@ from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.dtypes import DTYPES, Bytes, Float32, from_float32
 from anyquant.core.errors import AnyQuantError, BadInputError, UnsupportedError, UsageError
 from anyquant.core.linear import Carried, Linear, Role
-from anyquant.core.plan import Chunk, Decision, Layout, Part, Place, Plan, TargetFile, Unit
+from anyquant.core.plan import EMPTY, Chunk, Decision, Layout, Part, Place, Plan, TargetFile, Unit
 from anyquant.core.qtensor import QTensor
 from anyquant.core.registry import suggest
 from anyquant.formats.base import COMPANIONS
 from anyquant.formats.certificate import Certificate
 from anyquant.formats.folder.config import CONFIG, model_config, stamp_config
-from anyquant.formats.folder.modules import FLOAT_GRIDS, FLOATS, FloatLayout, ModuleLayout
+from anyquant.formats.folder.modules import (
+    FLOAT_GRIDS,
+    FLOATS,
+    OWN,
+    FloatLayout,
+    ModuleLayout,
+    Stored,
+    narrowed,
+    own_type,
+    widened,
+)
 from anyquant.formats.folder.reader import QuantizedFolder
 from anyquant.formats.folder.scheme import Module, Scheme
 from anyquant.formats.masks import refuse_corrections, without_masks
+from anyquant.grids import grid as find_grid
 from anyquant.models.architecture import Architecture
 from anyquant.runtimes.kv_cache import cannot_tell
 from anyquant.store.files import SourceFile
@@ -43,12 +54,18 @@ class FolderFormat:
     """A unit is one module: a fused module (Phi-3's qkv_proj) holds several Linears, in the order of its rows.
 
     The grid of a carried unit is the float grid of its source type. `entry` is "": a runtime opens the folder.
+    `framework` is what the metadata of the safetensors files say. `fallbacks`: by grid, those to take in its place for
+    a matrix that does not lie on it, the first that fits; "" is the type of the source. `fuses`: whether engines fuse
+    modules when they load them.
     """
 
     scheme: Scheme
     shard_bytes: int = SHARD_BYTES
     default_carried: str = ""
     entry: str = ""
+    framework: str = "pt"
+    fallbacks: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: EMPTY)
+    fuses: bool = True
 
     @property
     def name(self) -> str:
@@ -78,11 +95,23 @@ class FolderFormat:
         return {name.upper(): text for name, text in self.scheme.activations.items()}.get(preset.upper())
 
     def default_grid(self, linear: Linear, architecture: Architecture, grid: str, source: str) -> tuple[str, str]:
-        """As stored: engines expect embedding, head and routers in the model's own type."""
-        return source, f"{linear.role.value}: stays as stored"
+        """As stored, for the roles that the scheme sets apart: engines expect them in the model's own type."""
+        if linear.role in self.scheme.apart:
+            return source, f"{linear.role.value}: stays as stored"
+        return grid, f"{linear.role.value}: as the blocks"
+
+    def own_grid(self, grid: str) -> str:
+        """The grid of the scheme's layout."""
+        try:
+            return self._layout(grid).grid
+        except UnsupportedError:  # `refuses` says so for the Linear
+            return grid
 
     def fallback(self, grid: str, linear: Linear) -> str | None:
-        """None: which float type a module could stay in is for a rule to say."""
+        """The first of `fallbacks` that fits; None without any: a rule must say what to do."""
+        for other in self.fallbacks.get(grid, ()):
+            if not other or find_grid(other).refuses(linear.shape) is None:
+                return other
         return None
 
     def holds(self, grid: str) -> bool:
@@ -99,6 +128,9 @@ class FolderFormat:
 
     def ties(self, architecture: Architecture) -> Mapping[str, str]:
         """Linears of one fused module, and those that engines fuse on loading: they refuse a half-quantized group."""
+        if not self.fuses:
+            modules = {path: linears for path, linears in _modules(architecture).items() if len(linears) > 1}
+            return {linear.name: path for path, linears in modules.items() for linear in linears}
         return {
             linear.name: f"{linear.name.rpartition('.')[0]}.{FUSED[linear.role]}"
             for linear in architecture.linears
@@ -147,19 +179,10 @@ class FolderFormat:
         tensors: list[tuple[str, str, tuple[int, ...]]] = []
         modules = self._planned(architecture, plan)
         for module in modules:
-            layout = self._layout(module.variant)
-            stored = layout.tensors(*module.shape)
+            dtype = checkpoint.spec(module.linears[0].view.tensor).dtype
+            floats = own_type(checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype")), dtype)
+            unit, stored = self._unit(module, floats)
             inputs = () if module.activation is None else self.scheme.inputs(module.activation)
-            unit = Unit(
-                name=module.path,
-                linears=tuple(linear.name for linear in module.linears),
-                carried=(),
-                grid=module.grid,
-                parts=tuple(f"{module.path}.{one.suffix}" for one in stored),
-                row_multiple=layout.row_multiple,
-                variant=module.variant,
-                inputs=tuple(f"{module.path}.{one.suffix}" for one in inputs),
-            )
             units.append(unit)
             tensors += [(name, one.dtype, one.shape) for name, one in zip(unit.parts, stored, strict=True)]
             tensors += [(name, "F32", one.shape) for name, one in zip(unit.inputs, inputs, strict=True)]
@@ -167,7 +190,7 @@ class FolderFormat:
             dtype = checkpoint.spec(name).dtype
             units += [Unit(item.name, (), (item.name,), FLOAT_GRIDS[dtype], (name,)) for item in items]
             tensors.append((name, dtype, (sum(item.length for item in items),)))
-        weights = _weight_files(tensors, self.shard_bytes)
+        weights = _weight_files(tensors, self.shard_bytes, self.framework)
         settings = self.scheme.config(architecture, plan, modules)
         small = {CONFIG: model_config(checkpoint.config, plan.config_patch, settings)}
         small |= self.scheme.files(architecture, plan, modules)
@@ -186,6 +209,10 @@ class FolderFormat:
         """See formats.base."""
         rows = without_masks(rows, linear)
         data = self._layout(unit.variant).pack(rows, self._shape(unit, architecture))
+        data = [
+            narrowed(raw, unit.floats, f"{linear}, {one.suffix}") if one.dtype == OWN else raw
+            for raw, one in zip(data, self._tensors(unit, architecture), strict=True)
+        ]
         places = self.slices(unit, architecture, linear, first_row, rows.shape[0])
         opens = first_row == 0 and linear == unit.linears[0]
         return [Chunk(place, raw) for place, raw in zip(places, data, strict=True) if opens or not place.shared]
@@ -193,15 +220,18 @@ class FolderFormat:
     def slices(self, unit: Unit, architecture: Architecture, linear: str, first_row: int, rows: int) -> list[Place]:
         """One place in each tensor of the module."""
         before = sum(architecture.by_name[name].view.rows for name in unit.linears[: unit.linears.index(linear)])
-        stored = self._layout(unit.variant).tensors(*self._shape(unit, architecture))
+        stored = [one.typed(unit.floats) for one in self._tensors(unit, architecture)]
         return [one.place(part, before + first_row, rows) for one, part in zip(stored, unit.parts, strict=True)]
 
     def unpack(
         self, unit: Unit, architecture: Architecture, linear: str, first_row: int, rows: int, parts: Mapping[str, Bytes]
     ) -> QTensor:
         """See formats.base."""
-        layout = self._layout(unit.variant)
-        return layout.unpack([parts[part] for part in unit.parts], rows, self._shape(unit, architecture))
+        raw = [
+            widened(parts[part], unit.floats) if one.dtype == OWN else parts[part]
+            for part, one in zip(unit.parts, self._tensors(unit, architecture), strict=True)
+        ]
+        return self._layout(unit.variant).unpack(raw, rows, self._shape(unit, architecture))
 
     def inputs(self, unit: Unit, architecture: Architecture, plan: Plan, maxima: Mapping[str, float]) -> list[Chunk]:
         """See formats.base. Linears of one tie group share what is static, as engines fuse them."""
@@ -254,6 +284,27 @@ class FolderFormat:
         """A folder of this format as the model that it stands for."""
         return QuantizedFolder(stored, self.scheme)
 
+    def _unit(self, module: Module, floats: str) -> tuple[Unit, Sequence[Stored]]:
+        """The unit of a module, and its tensors with the types in which they are stored."""
+        layout = self._layout(module.variant)
+        stored = layout.tensors(*module.shape)
+        inputs = () if module.activation is None else self.scheme.inputs(module.activation)
+        unit = Unit(
+            name=module.path,
+            linears=tuple(linear.name for linear in module.linears),
+            carried=(),
+            grid=module.grid,
+            parts=tuple(f"{module.path}.{one.suffix}" for one in stored),
+            row_multiple=layout.row_multiple,
+            variant=module.variant,
+            inputs=tuple(f"{module.path}.{one.suffix}" for one in inputs),
+            floats=floats if any(one.dtype == OWN for one in stored) else "",
+        )
+        return unit, [one.typed(floats) for one in stored]
+
+    def _tensors(self, unit: Unit, architecture: Architecture) -> Sequence[Stored]:
+        return self._layout(unit.variant).tensors(*self._shape(unit, architecture))
+
     def _shape(self, unit: Unit, architecture: Architecture) -> tuple[int, int]:
         linears = [architecture.by_name[name] for name in unit.linears]
         return sum(linear.view.rows for linear in linears), linears[0].view.columns
@@ -291,7 +342,7 @@ def _carried(architecture: Architecture) -> dict[str, list[Carried]]:
     return found
 
 
-def _weight_files(tensors: list[tuple[str, str, tuple[int, ...]]], most: int) -> list[TargetFile]:
+def _weight_files(tensors: list[tuple[str, str, tuple[int, ...]]], most: int, framework: str) -> list[TargetFile]:
     """One file, or shards of at most `most` bytes of tensors (a larger tensor has its own) with their index."""
     shards: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
     filled = 0
@@ -303,17 +354,17 @@ def _weight_files(tensors: list[tuple[str, str, tuple[int, ...]]], most: int) ->
         shards[-1].append(tensor)
         filled += size
     if len(shards) == 1:
-        return [_weights_file(SINGLE, tensors)]
+        return [_weights_file(SINGLE, tensors, framework)]
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    files = [_weights_file(name, shard) for name, shard in zip(names, shards, strict=True)]
+    files = [_weights_file(name, shard, framework) for name, shard in zip(names, shards, strict=True)]
     total = sum(part.nbytes for file in files for part in file.parts)
     weight_map = {part.name: file.path for file in files for part in file.parts}
     index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True)
     return [*files, TargetFile(INDEX, index.encode() + b"\n", (), len(index.encode()) + 1)]
 
 
-def _weights_file(name: str, tensors: list[tuple[str, str, tuple[int, ...]]]) -> TargetFile:
-    prefix, offsets = write_safetensors_header(tensors, {"format": "pt"})
+def _weights_file(name: str, tensors: list[tuple[str, str, tuple[int, ...]]], framework: str) -> TargetFile:
+    prefix, offsets = write_safetensors_header(tensors, {"format": framework})
     parts = tuple(
         Part(tensor, dtype, shape, offset, math.prod(shape) * DTYPES[dtype].size)
         for (tensor, dtype, shape), offset in zip(tensors, offsets, strict=True)

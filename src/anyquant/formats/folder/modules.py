@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
 
 import numpy as np
 
-from anyquant.core.dtypes import DTYPES, Bytes
+from anyquant.core.dtypes import DTYPES, Bytes, from_float32, to_float32
+from anyquant.core.errors import UnsupportedError
 from anyquant.core.plan import Place
 from anyquant.core.qtensor import QTensor
 from anyquant.grids import grid as find_grid
@@ -16,6 +17,11 @@ from anyquant.grids import grid as find_grid
 # float grids and the safetensors types that hold their values as they are
 FLOATS = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 FLOAT_GRIDS = {dtype: grid for grid, dtype in FLOATS.items()}
+
+
+# for the type of a stored tensor: floats in the model's own type, whichever of the three that is. A layout gives and
+# takes them as float32; they are stored only where that type holds them exactly
+OWN = ""
 
 
 class Along(StrEnum):
@@ -28,7 +34,7 @@ class Along(StrEnum):
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a module: its name behind the module's (`suffix`), its safetensors type, its shape.
+    """One tensor of a module: its name behind the module's (`suffix`), its safetensors type or OWN, its shape.
 
     `per` rows of the matrix take `steps` steps along the axis that `along` names.
     """
@@ -43,6 +49,10 @@ class Stored:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype].size
+
+    def typed(self, floats: str) -> "Stored":
+        """With the type `floats` in the place of OWN."""
+        return replace(self, dtype=floats) if self.dtype == OWN else self
 
     def place(self, part: str, first: int, rows: int) -> Place:
         """Where the rows [first, first + rows) of the module lie in the tensor; `first` is a multiple of `per`."""
@@ -110,6 +120,34 @@ class FloatLayout:
         grid = find_grid(self.grid)
         codes = raw[0].view(_pattern(self.dtype)).reshape(rows, shape[1]).astype(grid.code_dtype)
         return QTensor(grid, (rows, shape[1]), codes, {})
+
+
+def narrowed(raw: Bytes, dtype: str, name: str) -> Bytes:
+    """The bytes of float32 values as those of `dtype`. Raises UnsupportedError for a value that it does not hold."""
+    values = np.ascontiguousarray(raw).reshape(-1).view(np.float32)
+    with np.errstate(over="ignore"):
+        stored = np.ascontiguousarray(from_float32(values, dtype)).view(np.uint8)
+    lost = to_float32(stored, dtype) != values
+    if lost.any():
+        raise UnsupportedError(
+            f"{name}: {values[lost][0]!s} is not a number of {dtype}, the model's type, in which it would be stored; "
+            "choose another grid for it"
+        )
+    return stored
+
+
+def widened(raw: Bytes, dtype: str) -> Bytes:
+    """Inverse of `narrowed`."""
+    return np.ascontiguousarray(to_float32(raw, dtype)).view(np.uint8)
+
+
+def own_type(stated: object, stored: str) -> str:
+    """The type that OWN means for a matrix of safetensors type `stored` in a model whose config states a `dtype`.
+
+    A float32 matrix is of the 16-bit type that the config states, if it does: transforms have rewritten it.
+    """
+    known = {"float16": "F16", "bfloat16": "BF16"}
+    return known.get(str(stated).removeprefix("torch."), stored) if stored not in ("F16", "BF16") else stored
 
 
 def _pattern(dtype: str) -> str:

@@ -14,7 +14,7 @@ from anyquant.core.errors import AnyQuantError, BadInputError
 from anyquant.core.plan import Place
 from anyquant.core.qtensor import QTensor
 from anyquant.formats.folder.config import CONFIG, without_settings
-from anyquant.formats.folder.modules import ModuleLayout, Stored
+from anyquant.formats.folder.modules import FLOAT_GRIDS, OWN, ModuleLayout, Stored, widened
 from anyquant.formats.folder.scheme import Scheme
 
 BLOCK_WEIGHTS = 1 << 22  # decoded at a time
@@ -22,12 +22,16 @@ BLOCK_WEIGHTS = 1 << 22  # decoded at a time
 
 @dataclass(frozen=True)
 class StoredModule:
-    """A quantized module of the folder: its layout, its shape (out, in) and its tensors."""
+    """A quantized module of the folder: its layout, its shape (out, in) and its tensors.
+
+    `floating`: of each tensor, whether its layout leaves the type to the model.
+    """
 
     path: str
     layout: ModuleLayout
     shape: tuple[int, int]
     tensors: tuple[Stored, ...]
+    floating: tuple[bool, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,22 +59,26 @@ class QuantizedFolder:
         found = {}
         for path, (how, shape) in self.scheme.find(self.stored).items():
             layout = self.scheme.layout(how) if isinstance(how, str) else how
-            tensors = tuple(layout.tensors(*shape))
-            for one in tensors:
-                self._expect(path, one)
-            found[f"{path}.weight"] = StoredModule(path, layout, shape, tensors)
+            wanted = layout.tensors(*shape)
+            tensors = tuple(self._expect(path, one) for one in wanted)
+            floating = tuple(one.dtype == OWN for one in wanted)
+            found[f"{path}.weight"] = StoredModule(path, layout, shape, tensors, floating)
         return found
 
-    def _expect(self, path: str, wanted: Stored) -> None:
+    def _expect(self, path: str, wanted: Stored) -> Stored:
+        """The tensor with the type in which it is stored, where that is the model's own."""
         name = f"{path}.{wanted.suffix}"
         if name not in self._names:
             raise BadInputError(f"{self.location}: {path} has no {wanted.suffix}, which its settings call for")
         spec = self.stored.spec(name)
-        if (spec.dtype, spec.shape) != (wanted.dtype, wanted.shape):
+        right = spec.dtype in FLOAT_GRIDS if wanted.dtype == OWN else spec.dtype == wanted.dtype
+        if not right or spec.shape != wanted.shape:
+            dtype = wanted.dtype or ", ".join(FLOAT_GRIDS)
             raise BadInputError(
-                f"{self.location}: {name} is {spec.dtype} {list(spec.shape)}, its settings call for {wanted.dtype} "
+                f"{self.location}: {name} is {spec.dtype} {list(spec.shape)}, its settings call for {dtype} "
                 f"{list(wanted.shape)}"
             )
+        return wanted.typed(spec.dtype)
 
     @cached_property
     def _names(self) -> frozenset[str]:
@@ -108,8 +116,11 @@ class QuantizedFolder:
         module = self.modules[tensor]
         multiple = module.layout.row_multiple
         first, last = start // multiple * multiple, min(-(-stop // multiple) * multiple, module.shape[0])
-        places = [one.place(f"{module.path}.{one.suffix}", first, last - first) for one in module.tensors]
-        found = module.layout.unpack([self._read(place) for place in places], last - first, module.shape)
+        raw = []
+        for one, floating in zip(module.tensors, module.floating, strict=True):
+            data = self._read(one.place(f"{module.path}.{one.suffix}", first, last - first))
+            raw.append(widened(data, one.dtype) if floating else data)
+        found = module.layout.unpack(raw, last - first, module.shape)
         return found if (first, last) == (start, stop) else found.rows(start - first, stop - first)
 
     def _read(self, place: Place) -> Bytes:

@@ -53,6 +53,9 @@ class GGUFFormat:
                 return resolve(preset.name, architecture, False)[linear.name]
         return beside(grid, linear, architecture) or (source, f"no mixture is based on {grid}: kept as stored")
 
+    def own_grid(self, grid: str) -> str:
+        return grid
+
     def fallback(self, grid: str, linear: Linear) -> str | None:
         """The grid that llama.cpp takes for rows that are no multiple of the block."""
         return fallback(grid, linear.view.columns)

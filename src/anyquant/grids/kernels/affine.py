@@ -12,16 +12,47 @@ from numba import njit
 
 from anyquant.core.dtypes import Float32
 from anyquant.grids.kernels import CACHE
-from anyquant.grids.kernels.symmetric import FAST, HUGE, LANES, MAGIC, ONE, TINY, ZERO, Single, nearest, to_half
+from anyquant.grids.kernels.symmetric import (
+    FAST,
+    HUGE,
+    LANES,
+    MAGIC,
+    ONE,
+    TINY,
+    ZERO,
+    Single,
+    nearest,
+    to_brain,
+    to_half,
+)
+
+Limits = tuple[Single, bool]
+Steps = tuple[Float32, Float32, Float32]
 
 MIDDLE, RANGE, SUM_W, SUM_U, LEVELS, SHIFT = (LANES * i for i in range(6))
 SUM_L, SUM_LL, SUM_UL, ERROR, BEST = (LANES * i for i in range(6, 11))
 SCALE, OFFSET, CHOSEN_SCALE, CHOSEN_OFFSET, SPREAD, TEMPORARY = (LANES * i for i in range(11, 17))
-TOP, BOTTOM, PIVOT, LEAST = (LANES * i for i in range(17, 21))
-SCRATCH = LANES * 21
+TOP, BOTTOM, PIVOT, LEAST, BASE_SCALE, BASE_OFFSET = (LANES * i for i in range(17, 23))
+SCRATCH = LANES * 23
 QUARTER, HALF, TWO = np.float32(0.25), np.float32(0.5), np.float32(2)
 
-WIDEST = np.float32(1e38)  # the range of a group must stay finite; float16 parameters saturate long before
+LARGEST_COMMON = np.float32(65280)  # of bfloat16 numbers below float16's largest
+LEAST_WHOLE = np.float32(2.0**-17)  # the least magnitude whose eight bits float16 holds
+WIDEST = np.float32(1e38)  # the range of a group must stay finite; stored parameters saturate long before
+
+
+@njit(forceinline=True, fastmath={"nnan", "nsz"}, error_model="numpy")
+def to_common(value: Single) -> Single:
+    """The nearest number that float16 and bfloat16 both hold, as float32, saturating."""
+    kept = min(max(value, -LARGEST_COMMON), LARGEST_COMMON)
+    tiny = (kept + np.float32(0.75)) - np.float32(0.75)  # an ulp of 0.75 in float32 is 2^-24, the least float16
+    return to_brain(kept) if abs(kept) >= LEAST_WHOLE else tiny
+
+
+@njit(forceinline=True, fastmath={"nnan", "nsz"}, error_model="numpy")
+def to_stored(value: Single, half: bool) -> Single:
+    """The value as the format stores it."""
+    return to_half(value) if half else to_common(value)
 
 
 @njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
@@ -176,16 +207,16 @@ def climb(u: Float32, w: Float32, ladder: Float32, high: Single, s: Float32) -> 
 
 
 @njit(nogil=True, cache=CACHE, error_model="numpy")
-def store(fitted: bool, s: Float32) -> None:
-    """Round SCALE and OFFSET to what float16 d and m can hold.
+def store(fitted: bool, half: bool, s: Float32) -> None:
+    """Round SCALE and OFFSET to what scale and minimum are stored as: float16 (`half`), or what all 16-bit types hold.
 
     A `fitted` line passes through the mean of weights and levels; it is turned about it when the scale is rounded.
     """
     for lane in range(LANES):
         unit, middle, scale = s[RANGE + lane], s[MIDDLE + lane], s[SCALE + lane]
-        s[SCALE + lane] = to_half(scale * unit) / unit
+        s[SCALE + lane] = to_stored(scale * unit, half) / unit
         turn = s[SCALE + lane] / scale if fitted and scale != ZERO else ONE
-        s[OFFSET + lane] = (to_half(middle + s[OFFSET + lane] * turn * unit) - middle) / unit
+        s[OFFSET + lane] = (to_stored(middle + s[OFFSET + lane] * turn * unit, half) - middle) / unit
 
 
 @njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
@@ -205,13 +236,14 @@ def measure(u: Float32, w: Float32, high: Single, s: Float32) -> None:
 
 
 @njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
-def settle(u: Float32, w: Float32, high: Single, rounds: int, s: Float32) -> None:
+def settle(u: Float32, w: Float32, limits: Limits, rounds: int, s: Float32) -> None:
     """CHOSEN_* = the stored SCALE and OFFSET, or those refitted and stored again, where they leave the LEAST error.
 
     No `rounds` of refitting: SCALE and OFFSET are not a fit, and stored as they are.
     """
+    high, half = limits
     for _ in range(rounds + 1):
-        store(rounds > 0, s)
+        store(rounds > 0, half, s)
         measure(u, w, high, s)
         for lane in range(LANES):
             better = s[ERROR + lane] < s[LEAST + lane]
@@ -222,36 +254,58 @@ def settle(u: Float32, w: Float32, high: Single, rounds: int, s: Float32) -> Non
 
 
 @njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
-def improve(u: Float32, w: Float32, path: Float32, ladder: Float32, high: Single, s: Float32) -> None:
-    """CHOSEN_* = the best pair found for each lane, from the path, the ladder, or minimum to maximum."""
+def vary(u: Float32, w: Float32, changes: Float32, limits: Limits, s: Float32) -> None:
+    """CHOSEN_* = a pair near the one chosen so far, where it leaves less error.
+
+    `changes` (n, 2): the factor of the scale, about the mean of the weights, and levels by which the minimum moves.
+    """
+    for lane in range(LANES):
+        s[BASE_SCALE + lane], s[BASE_OFFSET + lane] = s[CHOSEN_SCALE + lane], s[CHOSEN_OFFSET + lane]
+    for step in range(changes.shape[0]):
+        for lane in range(LANES):
+            scale = s[BASE_SCALE + lane] * changes[step, 0]
+            s[SCALE + lane] = scale
+            s[OFFSET + lane] = s[BASE_OFFSET + lane] * changes[step, 0] + scale * changes[step, 1]
+        settle(u, w, limits, 0, s)
+
+
+@njit(nogil=True, cache=CACHE, fastmath=FAST, error_model="numpy")
+def improve(u: Float32, w: Float32, trials: Steps, limits: Limits, s: Float32) -> None:
+    """CHOSEN_* = the best pair found for each lane, from the path, the ladder, or minimum to maximum; then varied."""
+    path, ladder, changes = trials
+    high = limits[0]
     for lane in range(LANES):
         s[LEAST + lane], s[CHOSEN_SCALE + lane], s[CHOSEN_OFFSET + lane] = HUGE, ZERO, ZERO
     if path.size:
         follow(u, w, path, high, s)
-        settle(u, w, high, 2, s)
+        settle(u, w, limits, 2, s)
     climb(u, w, ladder, high, s)
-    settle(u, w, high, 2, s)
+    settle(u, w, limits, 2, s)
     for lane in range(LANES):
         s[SCALE + lane], s[OFFSET + lane] = ONE / high, s[BOTTOM + lane]
-    settle(u, w, high, 0, s)
+    settle(u, w, limits, 0, s)
+    vary(u, w, changes, limits, s)
 
 
 @njit(nogil=True, cache=CACHE, error_model="numpy")
 def search(
     weights: Float32,
     importance: Float32,
-    trials: tuple[Float32, Float32],
-    high: Single,
+    trials: Steps,
+    limits: Limits,
     spread: Float32,
     scales: Float32,
     minima: Float32,
 ) -> None:
-    """`scales` and `minima` of all groups of `weights`, all flat; levels are 0..`high`.
+    """`scales` and `minima` of all groups of `weights`, all flat; levels are 0..high of `limits`.
 
-    `ladder` (candidates, 2): levels per range and the level of the middle. `importance` and `spread` as in
-    `grids.kernels.symmetric.search`.
+    `trials`: path, ladder (candidates, 2), levels per range and the level of the middle, and changes of what they find.
+    `limits`: the highest level, and whether parameters are stored as float16, else as
+    numbers that float16 and bfloat16 both hold. `importance` and
+    `spread` as in `grids.kernels.symmetric.search`.
     """
     size, period = importance.shape[0], importance.shape[1] - LANES
+    half = limits[1]
     s = np.zeros(SCRATCH, np.float32)
     u, w = np.zeros((size, LANES), np.float32), np.zeros((size, LANES), np.float32)
     for first in range(0, scales.size, LANES):
@@ -264,10 +318,10 @@ def search(
         start = first % period
         weigh(importance[:, start : start + LANES], spread.size > 0, u, w, s)
         centre(u, w, s)
-        improve(u, w, trials[0], trials[1], high, s)
+        improve(u, w, trials, limits, s)
         for lane in range(count):
-            scales[first + lane] = to_half(s[CHOSEN_SCALE + lane] * s[RANGE + lane])
-            minima[first + lane] = to_half(s[MIDDLE + lane] + s[CHOSEN_OFFSET + lane] * s[RANGE + lane])
+            scales[first + lane] = to_stored(s[CHOSEN_SCALE + lane] * s[RANGE + lane], half)
+            minima[first + lane] = to_stored(s[MIDDLE + lane] + s[CHOSEN_OFFSET + lane] * s[RANGE + lane], half)
 
 
 @njit(nogil=True, cache=CACHE, error_model="numpy")
