@@ -24,6 +24,7 @@ _SLOPES = (0.4, 2.5)  # of log measured over log predicted; a secant outside the
 _APART = 0.1  # in log predicted, for two points to tell a slope
 _URGENT = 2  # measurements left at which a search without a passing choice asks for less loss than the line says
 _ROOM = 0.25  # how much less, in log loss
+_STRIDE = 4.0  # by what steps down grow while all pass
 _UNCORRECTED = 0.5  # of the loss to begin at, where the time is over and nothing will correct the prediction
 
 
@@ -150,9 +151,8 @@ class _Ladder:
         between = min(self._root(0.0) + step / 3, passing.nbytes - 0.95 * step)
         between = max(between, low + 0.95 * step)
         self.poor += passing.nbytes - low > self.width / 2
-        if self.poor > 1:  # the line does not tell: halve instead, as Dekker and Brent do
-            below = float(self.curve.loss[0]) if failing is None else failing.predicted
-            between = self._nbytes_for(math.sqrt(max(below * max(passing.predicted, self._floor), 0.0)))
+        if self.poor > 1:  # the line does not tell
+            between = self._farther(passing, step) if failing is None else self._halved(passing, failing)
             between = min(max(between, low + 0.95 * step), passing.nbytes - 0.95 * step)
         self.width = passing.nbytes - low
         for target in (math.floor(between), (low + passing.nbytes) // 2, passing.nbytes - 1):
@@ -160,6 +160,14 @@ class _Ladder:
             if not session.known(choice) and session.problem.nbytes(choice) < passing.nbytes:
                 return choice, "between" if failing else "along the line"
         return None
+
+    def _farther(self, passing: Try, step: float) -> float:
+        """With nothing that failed below, ever longer steps down: the border is mostly near."""
+        return passing.nbytes - step * _STRIDE ** (self.poor - 1)
+
+    def _halved(self, passing: Try, failing: Try) -> float:
+        """Half way in log loss, as Dekker and Brent do."""
+        return self._nbytes_for(math.sqrt(max(failing.predicted * max(passing.predicted, self._floor), 0.0)))
 
     def _near(self, nbytes: int | float) -> Choice:
         """The best choice for so many bytes, the smallest if they are fewer."""
