@@ -2,10 +2,11 @@
 
     python bench/stock.py MODEL --text TEXT > stock.jsonl
     python bench/contract.py MODEL --text TEXT --stock stock.jsonl [--sizes Q4_K_M,Q3_K_M,Q2_K] [--losses Q5_K_M]
-        [--budget MINUTES]
+        [--budget MINUTES] [--sensitivity FILE]
 
-For each mixture of `stock.jsonl`, `anyquant make --max-size` with the bytes of its file, or `--max-kl` with its loss.
-Both are judged in llama.cpp on the *certify* text. For a loss, ours stays below by what its certificate needs.
+For each mixture of `stock.jsonl`, `anyquant make --max-size` with the bytes of its file, or `--max-kl` with its loss;
+with `--budget` each search ends after so many minutes. Both are judged in llama.cpp on the *certify* text. For a loss,
+ours stays below by what its certificate needs.
 """
 
 import argparse
@@ -18,6 +19,14 @@ from typing import Any
 import anyquant as aq
 from anyquant.cli.progress import TerminalProgress
 
+CERTIFICATE = 800  # bytes of the header that hold a certificate, which a stock file has not
+
+
+def stock_bytes(stock: dict[str, Any]) -> int:
+    """Of the file as llama.cpp would write it; ours carries its certificate within as many."""
+    size: int = stock["bytes"] - CERTIFICATE
+    return size
+
 
 def line(kind: str, stock: dict[str, Any], report: aq.Report) -> dict[str, Any]:
     """One comparison."""
@@ -25,14 +34,14 @@ def line(kind: str, stock: dict[str, Any], report: aq.Report) -> dict[str, Any]:
     return {
         "at the same": kind,
         "preset": stock["preset"],
-        "stock_bytes": stock["bytes"],
+        "stock_bytes": stock_bytes(stock),
         "stock_kl": stock["certify"],
         "bytes": report.nbytes,
         "kl": kl[0],
         "kl_interval": kl[1:],
         "status": report.status,
         "kl_ratio": kl[0] / stock["certify"],
-        "bytes_ratio": report.nbytes / stock["bytes"],
+        "bytes_ratio": report.nbytes / stock_bytes(stock),
         "measured_on_select": sum(not point.chosen for point in report.points),
         "seconds": report.seconds,
     }
@@ -46,6 +55,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="Q4_K_M,Q3_K_M,Q2_K")
     parser.add_argument("--losses", default="Q5_K_M")
     parser.add_argument("--budget", type=float)
+    parser.add_argument("--sensitivity", type=Path, help="used by all searches, made by the first if it is not there")
     given = parser.parse_args()
     rows = {row["preset"]: row for row in map(json.loads, given.stock.read_text().splitlines())}
     with tempfile.TemporaryDirectory() as temporary, TerminalProgress(False) as progress:
@@ -53,14 +63,14 @@ def main() -> None:
         for kind, names in (("bytes", given.sizes), ("loss", given.losses)):
             for name in filter(None, names.split(",")):
                 stock = rows[name]
-                limit = {"max_size": stock["bytes"]} if kind == "bytes" else {"max_kl": stock["certify"]}
+                limit = {"max_size": stock_bytes(stock)} if kind == "bytes" else {"max_kl": stock["certify"]}
                 report = aq.make(
                     given.model,
                     target="llama.cpp",
                     contract=aq.Contract(**limit),
                     text=given.text,
-                    sensitivity=folder / "sensitivity.json",
                     budget=given.budget,
+                    sensitivity=given.sensitivity or folder / "sensitivity.json",
                     out=folder / name,
                     progress=progress,
                 )

@@ -265,7 +265,7 @@ def sensitivity(
 
     `method`: "gradient", or "forward", which needs less memory. `save` names a file that is used when it answers the
     same question, and written otherwise. `text`, its `tokens` and their `context` as in `make`: rounding is steered by
-    the calibration part, the loss estimated on the select part. `show` must be one of the candidates.
+    the calibration part, the loss estimated on the select part. A grid to `show` must be a candidate: refused at once.
     """
     checkpoint, sink = source_of(model_path(model)), progress or Silent()
     recipe = _recipe(None, None, None, False, text)

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from anyquant.contract import metrics
+from anyquant.core.registry import Registry
 from anyquant.store.manifest import MANIFEST
 from cli.conftest import Call
+from support.plugin import install
 
 Model = Callable[[str], Path]
 SHORT = ("--context", "64", "--tokens", "512", "--threads", "1", "-q")
@@ -67,6 +70,22 @@ def test_limits_that_make_no_sense(call: Call, model: Model, tmp_path: Path, fla
     assert made.code == 2 and said in made.err, made.err
     assert made.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_an_evaluator_that_a_package_registers(
+    call: Call, model: Model, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path / "site", "counting_items", metrics.EVALUATORS.group, {"third-party.items": "items"}, METRIC)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setattr(metrics, "EVALUATORS", Registry("evaluator", {}, metrics.EVALUATORS.group))
+    job = ("make", model("qwen2"), "--for", "llama.cpp", "--preset", "F16", "--text", text, *SHORT)
+    made = call(*job, "--max-drop", "third-party.items:higher=20%", "-o", tmp_path / "out")
+    assert made.code == 0, made.err
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["contract"] == {
+        "max_drop": {"third-party.items:higher": "20%"}
+    }
+    refused = call(*job, "--max-drop", "other:higher=20%", "-o", tmp_path / "none")
+    assert refused.code == 2 and "known: third-party.items" in refused.err and refused.err.count("\n") == 1
 
 
 def test_a_metric_needs_something_that_runs_the_artifact(call: Call, model: Model, text: Path, tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ def test_error_feedback_is_measured_before_it_is_used(call: Call, model: Model, 
     report = report_of(out)
     rounded, fed_back, *_ = report["points"]
     assert rounded["detail"].removeprefix("rtn") == fed_back["detail"].removeprefix("gptq; rtn")
+    assert 0.98 * limit < rounded["nbytes"] <= limit  # a search that ends here has used its bytes
     used = "gptq" in {line["algorithm"] for line in report["ledger"]["lines"]}
     assert used == (fed_back["kl"] < 0.95 * rounded["kl"])
     # what was found is a recipe: made again from it, the tensors are the same
@@ -118,10 +119,30 @@ def test_saved_sensitivities_are_used(call: Call, model: Model, text: Path, tmp_
     saved, out = tmp_path / "saved.json", tmp_path / "out"
     assert call("sensitivity", model(FAMILY), *SHORT, "--text", text, "--save", saved).code == 0
     before = saved.read_bytes()
-    flags = ("--max-size", "6bpw", "--algorithm", "rtn", "--sensitivity", saved)
-    made = call("make", model(FAMILY), *SHORT, *flags, "--text", text, "-o", out)
+    flags = ("--max-size", "6bpw", "--algorithm", "rtn", "--budget", "0.0001")
+    made = call("make", model(FAMILY), *SHORT[:-1], *flags, "--sensitivity", saved, "--text", text, "-o", out)
     assert made.code == 0, made.err
     assert saved.read_bytes() == before
+    # what is announced is what is done
+    assert f"sensitivities from {saved}" in "".join(made.err.split("\n")) and "sensitivity pass" not in made.err
+    fresh = call("make", model(FAMILY), *SHORT[:-1], *flags, "--text", text, "-o", tmp_path / "fresh")
+    assert fresh.code == 0 and "one sensitivity pass" in fresh.err, fresh.err
+
+
+def test_a_budget_that_is_over_at_once_still_gives_an_artifact(
+    call: Call, model: Model, text: Path, tmp_path: Path
+) -> None:
+    """Measured once for a limit, not at all for a size, and certified both times."""
+    source, size = model(FAMILY), size_of(call, model(FAMILY), "Q4_K_M")
+    for name, limit, tries in (("loss", ("--max-kl", "0.3"), 1), ("size", ("--max-size", f"{size}B"), 0)):
+        out = tmp_path / name
+        made = call("make", source, *SHORT, *limit, "--budget", "0.0001", "--text", text, "-o", out)
+        report = report_of(out)
+        assert made.code == {"pass": 0, "fail": 3, "inconclusive": 4}[report["status"]], made.err
+        assert [point["chosen"] for point in report["points"]] == [False] * tries + [True]
+        assert report["nbytes"] == (out / "model.gguf").stat().st_size
+        assert "gptq" not in {line["algorithm"] for line in report["ledger"]["lines"]}
+    assert (report["status"], report["nbytes"] <= size) == ("pass", True)
 
 
 def test_a_contract_that_nothing_keeps(call: Call, model: Model, text: Path, tmp_path: Path) -> None:
@@ -142,7 +163,8 @@ def test_a_contract_that_nothing_keeps(call: Call, model: Model, text: Path, tmp
         (("--max-size", "1000B", "--algorithm", "awq -> rtn"), "the smallest possible plan takes"),
         (("--max-size", 400 * "9" + "B"), "--max-size"),
         (("--max-size", "6bpw", "--pin", "attn_w=q8_0"), "--pin attn_w: matches no matrix"),
-        (("--max-size", "6bpw", "--pin", "attn_v=q9"), "q9"),
+        (("--max-size", "6bpw", "--pin", "attn_v=q9"), "unknown grid 'q9'; gguf has, among others, iq2_s, "),
+        (("--max-size", "6bpw", "--pin", "attn_v=q4k"), "unknown grid 'q4k'; did you mean q4_k"),
         (("--max-size", "6bpw", "--pin", "attn_v"), "NAME=GRID"),
         (("--max-kl", "0.1", "--budget", "0"), "--budget"),
         (("--preset", "Q4_K_M", "--pin", "attn_v=q8_0"), "--pin is for a search"),
@@ -162,5 +184,15 @@ def test_wrong_input(
     made = call("make", model(FAMILY), *SHORT, *flags, "--text", text, "-o", tmp_path / "out")
     assert made.code == 2
     assert said in made.err
-    assert made.err.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+    assert made.err.count("\n") == 1 and len(made.err) < 600
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pin_that_the_target_cannot_hold(
+    call: Call, model: Model, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("anyquant.pipeline.make.load_splits", None)
+    flags = ("--max-kl", "0.1", "--pin", "attn_v=int4-g128")
+    made = call("make", model(FAMILY), *SHORT, *flags, "--text", text, "-o", tmp_path / "out")
+    assert made.code == 6 and "GGUF has no tensor type for grid 'int4-g128'" in made.err
+    assert not list(tmp_path.iterdir())

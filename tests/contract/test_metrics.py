@@ -16,6 +16,7 @@ from anyquant.core.registry import Registry
 from anyquant.evaluation.drops import Drop, Scores, drop_of, share_bound
 from anyquant.evaluation.limits import Contract, DropLimit
 from anyquant.evaluation.verdict import Status, judge
+from support.plugin import install
 
 CODE = """
 import json, math
@@ -47,6 +48,8 @@ def metric(tmp_path: Path) -> Callable[[str], Metric]:
         ("mine.py:accuracy=0.1", "saying which direction is better"),
         ("mine.py:accuracy:better=0.1", "saying which direction is better"),
         ("accuracy=0.1", "saying which direction is better"),
+        (":higher=0.1", "saying which direction is better"),
+        ("accuracy::higher=0.1", "saying which direction is better"),
         ("mine.py:higher=0.1", "saying which direction is better"),
         ("mine.py:accuracy:higher", "expected METRIC=X"),
         ("mine.py:accuracy:higher=a lot", "expected METRIC=X"),
@@ -61,7 +64,7 @@ def test_a_metric_says_all_that_is_needed(text: str, wrong: str) -> None:
 
 
 def test_a_limit_is_read_as_it_is_written() -> None:
-    for text in ("a.py:f:higher=0.01", "a.b:f:lower=0.3%", "C:/x=y/a.py:f:higher=2%"):
+    for text in ("a.py:f:higher=0.01", "a.b:f:lower=0.3%", "lm-eval.mmlu:higher=1%", "C:/x=y/a.py:f:higher=2%"):
         limit = DropLimit.parse(text)
         assert f"{limit.metric}={limit.text}" == text
     contract = Contract(max_kl=0.1, max_size=5, max_drop=(DropLimit.parse("a:f:higher=1%"),))
@@ -77,12 +80,32 @@ def test_a_limit_is_read_as_it_is_written() -> None:
         ("math:no_such:higher", "has no no_such"),
         ("math:pi:higher", "not a function"),
         ("nowhere.py:f:higher", "there is no file"),
-        ("accuracy:higher", "no evaluator 'accuracy', none is installed; or write module:function:higher"),
     ],
 )
 def test_what_is_not_there_is_refused(spec: str, wrong: str) -> None:
     with pytest.raises(UsageError, match=wrong):
         load_metrics([DropLimit(spec, 0.1)])
+
+
+def test_an_evaluator_of_a_package_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = {"mine-accuracy": "accuracy", "broken": "no_such", "number": "PI"}
+    code = "PI = 3\ndef accuracy(session, split):\n    return [1.0, len(split)]\n"
+    install(tmp_path, "third_party", metrics.EVALUATORS.group, points, code)
+    monkeypatch.setattr(metrics, "EVALUATORS", Registry("evaluator", {}, metrics.EVALUATORS.group))
+    with pytest.raises(UsageError, match=r"no evaluator 'mine-accuracy' is installed; known: none; .*module:function"):
+        load_metrics([DropLimit("mine-accuracy:higher", 0.1)])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(metrics, "EVALUATORS", Registry("evaluator", {}, metrics.EVALUATORS.group))
+    found, same = load_metrics([DropLimit("mine-accuracy:higher", 0.1), DropLimit("third_party:accuracy:higher", 0.1)])
+    assert found.function is same.function
+    assert scores(found, None, "certify").values.tolist() == [1.0, 7.0]
+    for name, wrong in (
+        ("mine", "known: broken, mine-accuracy, number; .*module:function:higher"),
+        ("broken", "cannot load the evaluator broken: AttributeError"),
+        ("number", "int, not a function"),
+    ):
+        with pytest.raises(UsageError, match=wrong):
+            load_metrics([DropLimit(f"{name}:lower", 0.1)])
 
 
 def test_a_file_that_does_not_run_says_where(tmp_path: Path) -> None:
@@ -227,24 +250,3 @@ def test_one_small_drop_is_no_better_evidence_than_none() -> None:
     after[30] -= 1e-4
     none, one = (drop_of(limit, Scores(before, False), Scores(each, False)).upper for each in (before, after))
     assert one >= none > 0.04
-
-
-def test_an_installed_evaluator_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A distribution on the path, as pip would leave it."""
-    (tmp_path / "their_scores.py").write_text("def exact(session, split):\n    return [1.0, 0.5]\nnumber = 3\n")
-    facts = tmp_path / "their_scores-1.0.dist-info"
-    facts.mkdir()
-    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: their-scores\nVersion: 1.0\n")
-    (facts / "entry_points.txt").write_text(
-        "[anyquant.evaluators]\nexact-match = their_scores:exact\nnumber = their_scores:number\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(metrics, "EVALUATORS", Registry("evaluator", {}, "anyquant.evaluators"))
-    limit = DropLimit.parse("exact-match:lower=2%")
-    assert f"{limit.metric}={limit.text}" == "exact-match:lower=2%"
-    (found,) = load_metrics([limit])
-    assert scores(found, None, "select").values.tolist() == [1.0, 0.5]
-    with pytest.raises(UsageError, match="is int, not a function"):
-        load_metrics([DropLimit("number:higher", 0.1)])
-    with pytest.raises(UsageError, match="no evaluator 'exact', installed are exact-match, number"):
-        load_metrics([DropLimit("exact:higher", 0.1)])

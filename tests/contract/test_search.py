@@ -258,15 +258,51 @@ def test_time_and_measurements_run_out() -> None:
         consistent(outcome, tested, most)
         assert outcome.reached is (most > 1)  # the last one is kept for the choice of least loss
         assert outcome.ended is Ended.EVALUATIONS
-    tested.measurements = 0
-    late = smallest_within_limits(tested.problem(limit, start=limit), Effort(expired=lambda: True))
-    consistent(late, tested, 1)
-    assert len(late.tries) == 1 and late.best == late.tries[0] and late.ended is Ended.EXPIRED
-    assert late.best.predicted <= 0.51 * limit  # nothing can be corrected any more
     nothing = smallest_within_limits(tested.problem(limit), Effort(evaluations=0))
     assert nothing.best is None and not nothing.reached and not nothing.tries
     predicted = best_within_bytes(tested.problem(None, max_bytes=2 * 10**8), Effort(evaluations=0))
     assert predicted.best is not None and predicted.best.measured is None and predicted.best.nbytes <= 2 * 10**8
+
+
+def test_the_first_measurement_is_made_when_time_is_over_before_it() -> None:
+    """Nothing will correct the prediction, so half the loss is asked for, which holds here; what failed is said."""
+    tested, over = world(7), Effort(expired=lambda: True)
+    limit = limit_of(tested, 7)
+    scaled = replace(tested, factor=1.0, power=1.0)
+    only = smallest_within_limits(scaled.problem(0.5 * scaled.loss(middle(scaled))), over)
+    consistent(only, scaled, 1)
+    assert only.reached and only.ended is Ended.EXPIRED and only.best is not None
+    assert only.best.predicted == pytest.approx(0.25 * scaled.loss(middle(scaled)), rel=0.02)
+    missed = smallest_within_limits(tested.problem(limit, start=1e6), over)
+    consistent(missed, tested, 1)
+    assert not missed.reached and missed.best is missed.tries[0]
+    assert "the time is over. Nearest, at " in missed.reason
+    tested.measurements = 0
+    within = best_within_bytes(tested.problem(None, max_bytes=2 * 10**8), over)
+    assert within.best is not None and within.best.measured is None and not tested.measurements
+
+
+def test_the_frontier_is_what_is_measured_elsewhere() -> None:
+    """Predictions that are off by a factor are told by it, header included, whatever the search was for."""
+    tested = replace(world(3, noise=0.0), power=1.0, factor=3.0)
+    limit = limit_of(tested, 3)
+    size = int(0.3 * curve(tested.groups).nbytes[-1])
+    for outcome in (
+        smallest_within_limits(tested.problem(limit)),
+        best_within_bytes(tested.problem(None, max_bytes=size)),
+        smallest_within_limits(tested.problem(limit, max_bytes=size // 2)),
+    ):
+        assert len(outcome.frontier) > 30
+        assert [place for place, _ in outcome.frontier] == sorted(place for place, _ in outcome.frontier)
+        for place, loss in outcome.frontier[1:-1:7]:
+            best = allocate(tested.groups, place - HEADER).choice
+            assert loss == pytest.approx(tested.measure(None)(best).loss, rel=1e-3)
+    nothing = best_within_bytes(tested.problem(None, max_bytes=size), Effort(evaluations=0))
+    assert nothing.frontier == ()
+
+
+def middle(tested: World) -> Choice:
+    return {group.name: group.candidates[5].name for group in tested.groups}
 
 
 def test_two_runs_are_one() -> None:
@@ -276,6 +312,10 @@ def test_two_runs_are_one() -> None:
         smallest_within_limits(tested.problem(limit_of(tested, 9)), say=lines.append)
     assert said[0] == said[1] and len(said[0]) > 3
     assert said[0][0].startswith("try 1: ") and " bytes, predicted " in said[0][0]
+    assert all(" room (" in line for line in said[0])
+    sizes: list[str] = []
+    best_within_bytes(world(9).problem(None, max_bytes=2 * 10**8), say=sizes.append)
+    assert sizes[0].endswith("(predicted)") and not any("room" in line for line in sizes)
 
 
 def test_collapsed_and_missing_values_never_pass() -> None:
@@ -300,7 +340,7 @@ def test_scores_of_any_limit(limit: float) -> None:
     """The sign is that of the cautious value against the limit, for limits and values of either sign."""
     for value in (-2.0, -0.1, 0.0, 0.01, 0.019, 0.03, 5.0):
         margin = Margin("drop", value, 0.001, limit)
-        assert margin.cautious() == pytest.approx(value + (1.6449 + 2.0871) * 0.001, abs=1e-6)
+        assert margin.cautious() == pytest.approx(value + (1.6449 + 2.6598) * 0.001, abs=1e-6)
         assert (margin.score() <= 0) == (margin.cautious() <= limit)
     assert Margin("drop", math.nan, 0.0, limit).score() > 0
 
@@ -320,14 +360,17 @@ def test_directions_and_pairs() -> None:
 
 
 def test_what_passes_is_certified_nine_times_in_ten_and_a_false_pass_is_rare() -> None:
-    """A choice just within the margin is certified with about 90 %; one just at the limit passes both seldom."""
+    """A choice just within the margin is certified with more than 90 %, as none of several was picked here.
+
+    One just at the limit passes both seldom.
+    """
     rng, counts, trials = np.random.default_rng(12), np.ones(DOCUMENTS), 4000
     spread = 0.5
 
     def draw(mean: float) -> tuple[float, float]:
         return ratio(mean * rng.gamma(1 / spread**2, spread**2, DOCUMENTS), counts)
 
-    room = 1 / (1 + 3.732 * spread / math.sqrt(DOCUMENTS))
+    room = 1 / (1 + 4.3047 * spread / math.sqrt(DOCUMENTS))
     certified, false = [], 0
     for _ in range(trials):
         value, error = draw(room)
@@ -338,7 +381,7 @@ def test_what_passes_is_certified_nine_times_in_ten_and_a_false_pass_is_rare() -
         (value, error), (again, its_error) = draw(1.0), draw(1.0)
         false += Margin("", value, error, 1.0).score() <= 0 and again + 1.6449 * its_error <= 1.0
     assert len(certified) > 300
-    assert 0.84 < np.mean(certified) < 0.95
+    assert 0.91 < np.mean(certified) < 0.98
     assert false / trials < 0.01
 
 
@@ -393,8 +436,8 @@ def test_a_metric_that_nothing_changes_is_kept_by_the_smallest() -> None:
 
 def test_students_quantiles() -> None:
     """Against scipy's inverse."""
-    for documents in (5, 8, 14, 20, 43, 1000):
-        assert likely(documents) == pytest.approx(float(stats.t.ppf(0.93, documents - 1)), rel=3e-3)
-    assert likely(None) == pytest.approx(float(stats.norm.ppf(0.93)), abs=1e-6) and likely(1) == math.inf
+    for documents in (4, 8, 14, 20, 43, 1000):
+        assert likely(documents) == pytest.approx(float(stats.t.ppf(0.97, documents - 1)), rel=1e-3)
+    assert likely(None) == pytest.approx(float(stats.norm.ppf(0.97)), abs=1e-6) and likely(1) == math.inf
     few, many = (Margin("", 1.0, 0.1, 2.0, None, documents) for documents in (8, 1000))
     assert few.cautious() > many.cautious()

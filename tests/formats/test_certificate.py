@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import struct
-from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -76,9 +75,16 @@ def test_config_keeps_its_length(certificate: Certificate) -> None:
 def test_long_texts_are_cut_off_and_harmless() -> None:
     limit = LONG.fitted().limit
     assert len(limit) == WIDTHS["limit"] and limit.startswith("m????x")
-    assert limit[-20:-16] == "... " and limit[-16:] == hashlib.sha256(LONG.limit.encode()).hexdigest()[:16]
-    assert LONG.fitted().fitted() == LONG.fitted()
-    assert replace(LONG, limit=LONG.limit + "y").fitted().limit != limit
+    assert limit.endswith("x..." + hashlib.sha256(LONG.limit.encode()).hexdigest()[:16])
+    assert LONG.fitted().fitted().limit == limit
+    exact = "y" * WIDTHS["limit"]
+    assert Certificate(limit=exact).fitted().limit == exact
+
+
+def test_no_two_texts_look_the_same() -> None:
+    """Behind the cut, and where a character has no place."""
+    texts = ["x" * 200, "x" * 199 + "y", "x" * 201, "max_drop \u00e4.py:f:higher=1%", "max_drop \u00f6.py:f:higher=1%"]
+    assert len({Certificate(limit=text).fitted().limit for text in texts}) == len(texts)
 
 
 def test_what_is_no_certificate() -> None:

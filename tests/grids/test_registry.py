@@ -32,6 +32,15 @@ def test_the_refusal_suggests() -> None:
         grid("q4_00")
 
 
+def test_the_refusal_of_something_else_names_one_of_each_kind() -> None:
+    with pytest.raises(UsageError) as refused:
+        grid("zzz")
+    said = str(refused.value)
+    assert len(said) < 200
+    for name in ("f32", "q8_0", "q2_k", "mxfp4"):
+        assert name in said
+
+
 def test_a_plug_in_is_found_by_its_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
     points = [
         EntryPoint("mine", "tests_plugin:GRID", anyquant.grids.GROUP),

@@ -232,6 +232,25 @@ def test_metrics_of_ones_own(model_folder: Path, tmp_path: Path, text: Path) -> 
     assert not (tmp_path / "no").exists()
 
 
+def test_what_is_cut_off_a_long_contract_is_compared_all_the_same(
+    model_folder: Path, tmp_path: Path, text: Path
+) -> None:
+    path = tmp_path / f"{'metrics' * 12}.py"
+    path.write_text(METRIC)
+    drops = tuple(DropLimit(f"{path}:{name}:higher", 0.5) for name in ("agreement", "spoken"))
+    contract = Contract(max_drop=drops)
+    out = tmp_path / "out"
+    aq.make(
+        model_folder, out=out, target="llama.cpp", grid="f16", recipe=SHORT, text=text, threads=1, contract=contract
+    )
+    assert len(contract.text()) > len(certificate(out).limit)
+    assert aq.reproduce(out, against=model_folder, threads=1).differences == ()
+    later = {**contract.as_dict()["max_drop"], drops[1].metric: "0.6"}  # behind what the certificate has room for
+    copy = changed(out, tmp_path / "copy", contract={"max_drop": later})
+    found = aq.reproduce(copy, against=model_folder, threads=1)
+    assert [said.split()[0] for said in found.differences] == ["limit"]
+
+
 def test_the_tail_needs_its_tokens_before_the_work(model_folder: Path, tmp_path: Path, text: Path) -> None:
     with pytest.raises(
         InconclusiveError, match=r"certified on 50000 tokens or more: the text has \d+ tokens in all, give it 50682"

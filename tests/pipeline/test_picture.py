@@ -41,6 +41,32 @@ def test_larger_is_further_right_and_worse_is_higher() -> None:
     assert all(name in svg for name in ("lossless", "compact", "Q2_K", "original"))
 
 
+def expected_of(svg: str) -> list[tuple[float, float]]:
+    (line,) = [mark for mark in parsed(svg).iter("polyline") if mark.attrib["class"] == "expected"]
+    return [(float(x), float(y)) for x, y in (place.split(",") for place in line.attrib["points"].split())]
+
+
+def test_what_is_expected_of_other_sizes_is_a_line_that_the_points_can_be_seen_against() -> None:
+    """All points have one size, as with a limit on it; what lies around shows whether they are above or below."""
+    expected = [(size, 2.0 ** (-size / 10**5)) for size in range(5 * 10**5, 2 * 10**6, 10**4)]
+    points = [point(f"try {index}", 10**6, kl) for index, kl in enumerate((2**-9.5, 2**-10, 2**-10.5))]
+    svg = size_and_loss([*points, point("mixture", 10**6, 2**-10, True)], None, LEVELS, 10**7, expected)
+    line = expected_of(svg)
+    assert len(line) > 50 and line == sorted(line)
+    assert line[-1][0] - line[0][0] > 0.9 * (WIDTH - 102)
+    (above_x, above, _), (_, on, _), (_, below, _), _ = circles(svg)
+    here = min(line, key=lambda place: abs(place[0] - above_x))
+    assert above < on < below and here[1] == pytest.approx(on, abs=2.5)
+    assert all(20 <= y <= HEIGHT - 52 for _, y in line)
+
+
+def test_a_line_outside_the_frame_is_not_drawn() -> None:
+    points = [point("a", 10**6, 0.1), point("b", 2 * 10**6, 0.05, True)]
+    for expected in ([(10**8, 0.1), (10**9, 0.05)], [(10**6, 1e-9), (2 * 10**6, 1e-10)], [(10**6, 0.1)], []):
+        svg = size_and_loss(points, 0.1, LEVELS, 10**7, expected)
+        assert not [mark for mark in parsed(svg).iter("polyline") if mark.attrib["class"] == "expected"]
+
+
 @pytest.mark.parametrize(
     ("points", "limit"),
     [

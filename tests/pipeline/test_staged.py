@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from anyquant import api
+from anyquant.core.errors import BadInputError, OutputError, UnsupportedError
 from anyquant.pipeline.recipe import Calibration, Recipe
 from support.checkpoints import make_checkpoint
 from support.jobs import job_of
@@ -123,6 +124,48 @@ def test_another_recipe_begins_anew(llama: Path, text: Path, tmp_path: Path, mon
     whole = tmp_path / "whole"
     api.make(llama, out=whole, recipe=recipe(text, grid="int3-g32", algorithm="gptq"), threads=1)
     assert digest(tmp_path / "out") == digest(whole) and not list(tmp_path.glob(".out.work"))
+
+
+@pytest.mark.parametrize(
+    ("error", "finished", "kept"),
+    [
+        (KeyboardInterrupt, True, True),
+        (KeyboardInterrupt, False, False),
+        (OutputError, True, True),
+        (BadInputError, True, False),
+        (UnsupportedError, False, False),
+    ],
+)
+def test_work_stays_only_where_the_same_command_can_go_on(
+    llama: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[BaseException],
+    finished: bool,
+    kept: bool,
+) -> None:
+    from anyquant.pipeline import staged
+
+    def stop(*_: object) -> None:
+        raise error("here")
+
+    strange = tmp_path / ".out.work" / "of another run"
+    strange.mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(staged.Stages, "_edges" if finished else "run", stop)
+        with pytest.raises(error):
+            api.make(llama, out=tmp_path / "out", recipe=recipe(text, grid="int4-g32", algorithm="gptq"), threads=1)
+    assert bool(list(tmp_path.glob(".out.work/*/stage-1.json"))) == kept
+    assert strange.is_dir() and len(list(strange.parent.iterdir())) == 1 + kept
+    if kept:
+        return
+    strange.rmdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(staged.Stages, "run", stop)
+        with pytest.raises(error):
+            api.make(llama, out=tmp_path / "out", recipe=recipe(text, grid="int4-g32", algorithm="gptq"), threads=1)
+    assert not list(tmp_path.glob(".out*"))
 
 
 @pytest.mark.parametrize("damaged", ["states-1.bin", "stage-1.npz", "stage-0.json"])

@@ -64,7 +64,7 @@ _HOW_GOOD = (
         multiple=True,
         metavar="METRIC=X",
         help="Largest drop of a metric of your own, 0.01 or 1%; METRIC is file.py:function:higher (or :lower), "
-        "or module:function:higher. Repeatable.",
+        "module:function:higher, or NAME:higher of an installed evaluator. Repeatable.",
     ),
     click.option("--max-size", metavar="SIZE", help="Most bytes of its files: 4.6GB, 13200000B or 4.5bpw."),
     click.option(

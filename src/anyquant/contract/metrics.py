@@ -23,6 +23,7 @@ from anyquant.evaluation.kl import Float64
 from anyquant.evaluation.limits import DropLimit, split_metric
 
 SELECT, CERTIFY = "select", "certify"
+
 EVALUATORS: Registry[Callable[[Any, str], Any]] = Registry("evaluator", {}, "anyquant.evaluators")
 
 
@@ -39,39 +40,37 @@ class Metric:
 
 
 def load_metrics(limits: Sequence[DropLimit]) -> list[Metric]:
-    """Import the functions: modules by their names, or the files that are named, each once. Raises UsageError.
+    """Import the functions: modules by their names, or the files that are named, each once; what packages register
+    under the entry-point group `anyquant.evaluators`, by its name there. Raises UsageError.
 
     This runs the user's code; nothing but the user's own command line or call ever names it.
     """
-    named = [split_metric(limit.metric) for limit in limits]
-    places = dict.fromkeys(place for place, function, _ in named if function)
+    places = filter(None, dict.fromkeys(split_metric(limit.metric)[0] for limit in limits))
     modules = {place: _from_file(Path(place)) if place.endswith(".py") else _from_name(place) for place in places}
     return [_metric(limit, modules) for limit in limits]
 
 
 def _metric(limit: DropLimit, modules: Mapping[str, ModuleType]) -> Metric:
     place, name, _ = split_metric(limit.metric)
-    if not name:
-        return Metric(limit, _installed(place))
-    module = modules[place]
-    function = getattr(module, name, None)
+    function = getattr(modules[place], name, None) if place else _registered(name)
     if function is None:
-        raise UsageError(f"metric {limit.metric}: {place} has no {name}")
+        raise UsageError(f"metric {limit.metric}: {place or 'its package'} has no {name}")
     if not callable(function):
         raise UsageError(f"metric {limit.metric}: {name} is {type(function).__name__}, not a function")
     return Metric(limit, function)
 
 
-def _installed(name: str) -> Callable[[Any, str], Any]:
-    """The evaluator that a package registers under this name. Raises UsageError."""
+def _registered(name: str) -> Callable[[Any, str], Any]:
     known = EVALUATORS.names()
     if name not in known:
-        there = f"installed are {', '.join(known)}" if known else "none is installed"
-        raise UsageError(f"metric: there is no evaluator {name!r}, {there}; or write module:function:higher")
-    found = EVALUATORS.get(name)
-    if not callable(found):
-        raise UsageError(f"metric: the evaluator {name!r} is {type(found).__name__}, not a function")
-    return found
+        raise UsageError(
+            f"metric: no evaluator {name!r} is installed; known: {', '.join(known) or 'none'}; a function of your own "
+            "is named with its module or file: module:function:higher"
+        )
+    try:
+        return EVALUATORS.get(name)
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"metric: cannot load the evaluator {name}: {_told(error)}") from error
 
 
 def scores(metric: Metric, session: Any, split: str) -> Scores:

@@ -24,7 +24,8 @@ _SLOPES = (0.4, 2.5)  # of log measured over log predicted; a secant outside the
 _APART = 0.1  # in log predicted, for two points to tell a slope
 _URGENT = 2  # measurements left at which a search without a passing choice asks for less loss than the line says
 _ROOM = 0.25  # how much less, in log loss
-_HASTE = 0.5  # of the predicted loss: where to begin when nothing can be corrected any more
+_STRIDE = 4.0  # by what steps down grow while all pass
+_UNCORRECTED = 0.5  # of the loss to begin at, where the time is over and nothing will correct the prediction
 
 
 class Ended(StrEnum):
@@ -39,7 +40,8 @@ class Ended(StrEnum):
 class Outcome:
     """`best` is the choice to take where `reached`, else the one that came nearest to the limits (None: none tried).
 
-    `reason` is a sentence or two for the report; `tries` are in the order they were made.
+    `reason` is a sentence or two for the report; `tries` are in the order they were made. `frontier`: the loss that is
+    expected of the best choice for given bytes, see `Session.frontier`.
     """
 
     best: Try | None
@@ -47,6 +49,7 @@ class Outcome:
     ended: Ended
     reason: str
     tries: tuple[Try, ...]
+    frontier: tuple[tuple[int, float], ...] = ()
 
 
 def smallest_within_limits(
@@ -54,13 +57,12 @@ def smallest_within_limits(
 ) -> Outcome:
     """The smallest choice whose limits all hold on *select* with room, and within `max_bytes` where that is given.
 
-    One measurement is made even when time is over.
-
+    When the time is over before it begins, one choice that is likely to hold them is measured all the same.
     Raises BudgetTooSmallError when no choice is within `max_bytes`, and whatever `measure` raises.
     """
     session = Session(problem, effort or Effort(), say)
     ladder = _Ladder(session)
-    while session.left or session.unmeasured:  # one is always made: what nothing was measured of cannot be taken
+    while session.left or session.owed:
         step = ladder.next()
         if step is None:
             break
@@ -70,7 +72,7 @@ def smallest_within_limits(
         return _missed(session, ladder)
     base = repair(session, base, shrink=True)
     ended = _ended(session)
-    return Outcome(base, True, ended, _found(base, session, ended), tuple(session.tries))
+    return Outcome(base, True, ended, _found(base, session, ended), tuple(session.tries), session.frontier())
 
 
 def best_within_bytes(problem: Problem, effort: Effort | None = None, say: Callable[[str], None] = silent) -> Outcome:
@@ -90,7 +92,7 @@ def best_within_bytes(problem: Problem, effort: Effort | None = None, say: Calla
         return Outcome(base, True, _ended(session), "The predicted best choice within the bytes; not measured.", ())
     base = repair(session, min(session.tries, key=_loss), shrink=False)
     ended = _ended(session)
-    return Outcome(base, base.passed, ended, _found(base, session, ended), tuple(session.tries))
+    return Outcome(base, base.passed, ended, _found(base, session, ended), tuple(session.tries), session.frontier())
 
 
 def _loss(tried: Try) -> float:
@@ -149,9 +151,8 @@ class _Ladder:
         between = min(self._root(0.0) + step / 3, passing.nbytes - 0.95 * step)
         between = max(between, low + 0.95 * step)
         self.poor += passing.nbytes - low > self.width / 2
-        if self.poor > 1:  # the line does not tell: halve instead, as Dekker and Brent do
-            below = float(self.curve.loss[0]) if failing is None else failing.predicted
-            between = self._nbytes_for(math.sqrt(max(below * max(passing.predicted, self._floor), 0.0)))
+        if self.poor > 1:  # the line does not tell
+            between = self._farther(passing, step) if failing is None else self._halved(passing, failing)
             between = min(max(between, low + 0.95 * step), passing.nbytes - 0.95 * step)
         self.width = passing.nbytes - low
         for target in (math.floor(between), (low + passing.nbytes) // 2, passing.nbytes - 1):
@@ -159,6 +160,14 @@ class _Ladder:
             if not session.known(choice) and session.problem.nbytes(choice) < passing.nbytes:
                 return choice, "between" if failing else "along the line"
         return None
+
+    def _farther(self, passing: Try, step: float) -> float:
+        """With nothing that failed below, ever longer steps down: the border is mostly near."""
+        return passing.nbytes - step * _STRIDE ** (self.poor - 1)
+
+    def _halved(self, passing: Try, failing: Try) -> float:
+        """Half way in log loss, as Dekker and Brent do."""
+        return self._nbytes_for(math.sqrt(max(failing.predicted * max(passing.predicted, self._floor), 0.0)))
 
     def _near(self, nbytes: int | float) -> Choice:
         """The best choice for so many bytes, the smallest if they are fewer."""
@@ -170,10 +179,11 @@ class _Ladder:
 
     def _begin(self) -> int:
         start = self.session.problem.start
-        if start is not None:
-            return self._nbytes_for(start if self.session.left else _HASTE * start)
         low, high = max(float(self.curve.loss[-1]), self._floor), float(self.curve.loss[0])
-        return self._nbytes_for(math.sqrt(low * high)) if high > 0 else self.session.smallest
+        if start is None and high <= 0:
+            return self.session.smallest
+        wanted = math.sqrt(low * high) if start is None else start
+        return self._nbytes_for(wanted * (_UNCORRECTED if self.session.effort.expired() else 1.0))
 
     @property
     def _floor(self) -> float:
@@ -225,7 +235,7 @@ def _missed(session: Session, ladder: _Ladder) -> Outcome:
     else:
         ended = Ended.UNREACHABLE
         reason = f"Even the choice of least loss, {ladder.largest:,} bytes, misses a limit. {offer}"
-    return Outcome(nearest, False, ended, reason, tries)
+    return Outcome(nearest, False, ended, reason, tries, session.frontier())
 
 
 _WHY = {

@@ -3,12 +3,17 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import median
 
-from anyquant.contract.allocate import Allocation, BudgetTooSmallError, Choice, Group, allocate
+import numpy as np
+
+from anyquant.contract.allocate import Allocation, BudgetTooSmallError, Choice, Group, allocate, curve
 from anyquant.contract.measured import Measured
 from anyquant.core.errors import AnyQuantError
 
 _ROUNDS = 40  # of lowering the budget until the exact bytes hold
+_PLACES = 64  # of the frontier
+_VISIBLE = 1e-4  # of its largest loss; less is of no interest
 
 
 def never() -> bool:
@@ -50,6 +55,7 @@ class Problem:
 class Effort:
     """At most `evaluations` measurements; `expired` says that time is over; bytes are found to within `tolerance`.
 
+    Without any measurement nothing could be said, so the first one is made in any case.
     Tries are counted on from the `earlier` ones, which the caller made. `spread` is the standard
     error on *certify* as a multiple of that on *select*.
     """
@@ -100,8 +106,8 @@ class Session:
         return 0 if self.effort.expired() else max(self.effort.evaluations - len(self.tries), 0)
 
     @property
-    def unmeasured(self) -> bool:
-        """Whether nothing was measured yet that might be."""
+    def owed(self) -> bool:
+        """Whether the first measurement is still to be made, which does not ask for the time."""
         return not self.tries and self.effort.evaluations > 0
 
     @property
@@ -154,6 +160,23 @@ class Session:
             raise BudgetTooSmallError(limit, exact)
         return found.choice, exact
 
+    def frontier(self) -> tuple[tuple[int, float], ...]:
+        """(bytes, loss) along the best choices by prediction, as the tries say that predictions are off; by bytes.
+
+        One factor for all of them, the middle one of measured over predicted. Empty where nothing was measured.
+        """
+        factors = [t.measured.loss / t.predicted for t in self.tries if t.measured is not None and t.predicted > 0]
+        factors = [factor for factor in factors if 0 < factor < math.inf]
+        if not factors:
+            return ()
+        whole, factor = curve(self.problem.groups), median(factors)
+        shown = whole.loss > max(_VISIBLE * float(whole.loss[0]), 0.0)
+        nbytes, heights = whole.nbytes[shown], np.log(whole.loss[shown])
+        if not len(heights):
+            return ()
+        places = np.searchsorted(-heights, np.linspace(-heights[0], -heights[-1], _PLACES))
+        return tuple((int(nbytes[at]) + self.overhead, factor * math.exp(heights[at])) for at in np.unique(places))
+
     def attempt(self, choice: Choice, step: str) -> Try:
         """Measure a choice, and record it. Raises AnyQuantError when no measurement is left."""
         if len(self.tries) >= self.effort.evaluations:
@@ -184,7 +207,9 @@ def sentence(tried: Try) -> str:
     if tried.measured is None:
         return text + ", not measured"
     text += f", measured {tried.measured.loss:.4g} ± {tried.measured.standard_error:.2g}"
-    return f"{text}: {'enough' if tried.passed else 'too little'} room ({tried.step})"
+    if tried.measured.margins:  # without a limit there is nothing to leave room to
+        text += f": {'enough' if tried.passed else 'too little'} room"
+    return f"{text} ({tried.step})"
 
 
 def _least(groups: Sequence[Group]) -> int:

@@ -19,8 +19,8 @@ QUALITIES: Mapping[str, float] = {"lossless": 0.0014, "strict": 0.0055, "balance
 NOISE_FLOOR = 1e-6
 HIGHER, LOWER = "higher", "lower"
 _METRIC = (
-    "write module:function:higher, path/to/file.py:function:lower, or the name of an installed evaluator and :higher, "
-    "saying which direction is better"
+    "write module:function:higher or path/to/file.py:function:lower, or the name of an installed evaluator, "
+    "NAME:higher, saying which direction is better"
 )
 _UNITS = " KMGT"
 _MOST = 1 << 63  # no limit is as large, and no file has as many bytes
@@ -30,8 +30,8 @@ _MOST = 1 << 63  # no limit is as large, and no file has as many bytes
 class DropLimit:
     """How much worse a user's metric may become: by `amount`, or with `relative` by that share of |the original's|.
 
-    `metric` is "module:function:higher", "path/to/file.py:function:lower", or "name:higher" with the name of an
-    installed evaluator; the last word says which is better.
+    `metric` is "module:function:higher" or "path/to/file.py:function:lower", or "NAME:higher" for an evaluator that a
+    package registers; the last word says which is better.
     """
 
     metric: str
@@ -40,7 +40,8 @@ class DropLimit:
 
     def __post_init__(self) -> None:
         place, function, direction = split_metric(self.metric)
-        if direction not in (HIGHER, LOWER) or not place or not (function.isidentifier() or not function):
+        named = function and not place and self.metric.count(":") == 1
+        if direction not in (HIGHER, LOWER) or not (named or (place and function.isidentifier())):
             raise UsageError(f"--max-drop {self.metric}: {_METRIC}")
         if not (math.isfinite(self.amount) and self.amount >= 0):
             raise UsageError(f"--max-drop {self.metric} is {self.amount}; give a finite number that is not negative")
@@ -65,14 +66,16 @@ class DropLimit:
 
 
 def split_metric(text: str) -> tuple[str, str, str]:
-    """(module or file, function, direction) of a metric; of an installed one (name, "", direction).
+    """(module or file, function, direction) of a metric, ("", name, direction) of a registered evaluator.
 
     Empty where a piece is missing.
     """
     pieces = text.rsplit(":", 2)
     if len(pieces) == 2 and pieces[1] in (HIGHER, LOWER) and not pieces[0].endswith(".py"):
-        return pieces[0], "", pieces[1]
-    return (pieces[0], pieces[1], pieces[2]) if len(pieces) == 3 and pieces[1] else (text, "", "")
+        return "", pieces[0], pieces[1]
+    if len(pieces) < 3:
+        return text, "", ""
+    return pieces[0], pieces[1], pieces[2]
 
 
 @dataclass(frozen=True)

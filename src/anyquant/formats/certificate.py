@@ -15,7 +15,7 @@ from anyquant.core.errors import BadInputError
 KEY = "anyquant.contract."  # of GGUF
 OBJECT = "anyquant"  # of config.json
 STRING, UINT64, FLOAT64 = 8, 10, 12  # value types of GGUF
-# bytes of the texts; of a longer one the beginning and the first digits of its sha256, the report has it whole
+# bytes of the texts; one that does not fit ends with dots and a hash, the report has it whole
 WIDTHS = {
     "status": 12,
     "limit": 160,
@@ -23,6 +23,7 @@ WIDTHS = {
     "recipe_sha256": 64,
     "tensor_sha256": 64,
 }
+_MARK = 16  # hexadecimal digits of the sha256 of a text that does not fit
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,11 @@ class Certificate:
         return self.documents > 0 and math.isfinite(self.mean_kl)
 
     def fitted(self) -> "Certificate":
-        """The same with texts as they fit: printable ASCII, no longer than their width."""
-        texts = {name: _cut(getattr(self, name), width) for name, width in WIDTHS.items()}
+        """The same with texts as they fit: printable ASCII, no longer than their width.
+
+        A text that loses anything ends with "..." and the first 16 digits of its sha256, so that no two look the same.
+        """
+        texts = {name: _fitting(getattr(self, name), width) for name, width in WIDTHS.items()}
         return Certificate(**{**asdict(self), **texts})
 
     def plain(self) -> dict[str, Any]:
@@ -81,12 +85,12 @@ WIDEST = Certificate(
 )
 
 
-def _cut(text: str, width: int) -> str:
+def _fitting(text: str, width: int) -> str:
     safe = "".join(c if c.isascii() and c.isprintable() and c not in '"\\' else "?" for c in text)
-    if len(safe) <= width:
-        return safe
-    end = f"... {hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    return safe[: width - len(end)] + end
+    if safe == text and len(text) <= width:
+        return text
+    mark = "..." + hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:_MARK]
+    return (safe[: max(width - len(mark), 0)] + mark)[:width]
 
 
 def kinds() -> list[tuple[str, int]]:

@@ -83,14 +83,17 @@ def names() -> list[str]:
 
 @cache
 def grid(name: str) -> Grid:
-    """The grid called `name`. Raises UsageError with the nearest names when there is none."""
+    """The grid called `name`. Raises UsageError with the nearest names, or one of each family, when there is none."""
     for family in FAMILIES:
         if re.fullmatch(family.pattern, name):
             made = importlib.import_module(family.module).make(name)
             return _checked(name, made)
     for point in entry_points(group=GROUP, name=name):
         return _checked(name, point.load())
-    raise UsageError(f"unknown grid {name!r}; {suggest(name, names())}")
+    near = suggest(name, names())
+    if near.startswith("known"):  # 200 of them
+        near = f"there are {', '.join(family.names[0] for family in FAMILIES)} and others like them"
+    raise UsageError(f"unknown grid {name!r}; {near}")
 
 
 def _checked(name: str, candidate: object) -> Grid:

@@ -59,8 +59,8 @@ class _Evidence:
     """What has been measured so far."""
 
     points: tuple[Point, ...] = ()
-    sentences: tuple[str, ...] = ()
     frontier: tuple[tuple[int, float], ...] = ()
+    sentences: tuple[str, ...] = ()
     measures: Measures | None = None
     drops: tuple[Drop, ...] = ()
     proof: Proof = field(default_factory=lambda: Proof(None, {}))
@@ -204,8 +204,7 @@ class Maker:
 
     def _chosen(self, stage: Stage, splits: Splits, selection: Selection, quantizer: Quantizer) -> Job:
         """The job that the contract asks for; all that was tried is in the evidence."""
-        # from here on its budget counts
-        chooser = Chooser(self.request, self.model, self.rules, self.watch, self.progress)
+        chooser = Chooser(self.request, self.model, self.rules, self.watch, self.progress)  # time counts from here
         with self.watch.stage("reference"):
             reference = self._reference(splits.select, stage)
         try:

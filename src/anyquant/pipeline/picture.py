@@ -5,9 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+import numpy as np
+
 WIDTH, HEIGHT = 720, 380
 LEFT, RIGHT, TOP, BOTTOM = 78, 24, 20, 52
 _FEW = 3  # points that are shown beside the original
+_ALIKE = 0.02  # of the bytes: sizes so near are one place, of which the surroundings are shown
+_AROUND = 0.15  # how much of them
 
 
 @dataclass(frozen=True)
@@ -67,18 +71,38 @@ class _Axes:
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
 
-def _axes(points: Sequence[Point], levels: Sequence[float], limit: float | None, source: int) -> _Axes:
+def _axes(
+    points: Sequence[Point],
+    levels: Sequence[float],
+    limit: float | None,
+    source: int,
+    expected: Sequence[tuple[int, float]],
+) -> _Axes:
     """From nothing to the original and over all levels; a search of many near one size is shown from near."""
     sizes = [point.nbytes for point in points]
-    near = len(points) > _FEW
-    spread = max(sizes) - min(sizes)
-    # of tries at one size, what is expected to both sides of it is worth seeing
-    low, high = (0.9, 1.12) if spread < 0.02 * max(sizes) else (0.96, 1.05)
-    small, large = (low * min(sizes), high * max(sizes)) if near else (0.0, max(source, *sizes) * 1.04)
+    near = len(points) > _FEW or bool(expected)
+    alike = max(sizes) <= min(sizes) * (1 + _ALIKE)
+    room = _AROUND if expected and alike else 0.04
+    small, large = ((1 - room) * min(sizes), (1 + room) * max(sizes)) if near else (0.0, max(source, *sizes) * 1.04)
     values = [v for p in points for v in (p.kl, p.low, p.high) if 0 < v < math.inf]
     values += [v for v in (limit, *(() if near else levels)) if v]
-    room = 1.25 if near else 1.6
-    return _Axes(small, large, min(values) / room, max(values) * room)
+    if alike:
+        values += [loss for nbytes, loss in expected if small <= nbytes <= large]
+    above = 1.25 if near else 1.6
+    return _Axes(small, large, min(values) / above, max(values) * above)
+
+
+def _expected(axes: _Axes, expected: Sequence[tuple[int, float]]) -> str:
+    """The part of a line of (bytes, KL), by bytes, that lies inside the frame; its ends are where it leaves it."""
+    if len(expected) < 2:
+        return ""
+    nbytes, heights = zip(*((size, math.log(loss)) for size, loss in expected), strict=True)
+    first, last = max(axes.small, nbytes[0]), min(axes.large, nbytes[-1])
+    places = [first + (last - first) * index / 200 for index in range(201)] if first < last else []
+    marks = [(place, math.exp(float(np.interp(place, nbytes, heights)))) for place in places]
+    inside = [(place, kl) for place, kl in marks if axes.least <= kl <= axes.most]
+    line = " ".join(f"{axes.x(place):.1f},{axes.y(kl):.1f}" for place, kl in inside)
+    return f'<polyline class="expected" points="{line}"/>' if len(inside) > 1 else ""
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:
@@ -116,16 +140,15 @@ def size_and_loss(
 ) -> str:
     """An SVG of mean KL (logarithmic) against bytes, from nothing to the `source` bytes of the original.
 
-    `expected`: bytes and loss of what was not measured, a thin curve. `levels` are named KL values drawn as thin lines,
-    the `limit` of the contract as a dashed one. Points with a KL of
-    zero or below lie under the lowest value that the axis shows and are drawn on its edge; those that are not finite
-    have no place.
+    `levels` are named KL values drawn as thin lines, the `limit` of the contract as a dashed one, and what is expected
+    of other sizes, `expected` (bytes, KL) by bytes, as a dotted one. Points with a KL of zero or below lie under the
+    lowest value that the axis shows and are drawn on its edge; those that are not finite have no place.
     """
     points = [point for point in points if math.isfinite(point.kl)]
     if not any(point.kl > 0 for point in points):
         return ""
-    axes = _axes(points, tuple(levels.values()), limit, source)
-    marks = _grid(axes)
+    axes = _axes(points, tuple(levels.values()), limit, source, expected)
+    marks = [*_grid(axes), _expected(axes, expected)]
     for name, level in levels.items():
         if not axes.least <= level <= axes.most:
             continue
@@ -141,7 +164,6 @@ def size_and_loss(
         marks.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         edge = min(axes.x(source), WIDTH - RIGHT) - 6
         marks.append(f'<text class="limit-text" x="{edge:.1f}" y="{y - 6:.1f}">limit {limit:g}</text>')
-    marks += _expected(axes, expected)
     best = frontier([point for point in points if not point.chosen] or points)
     line = " ".join(f"{axes.x(p.nbytes):.1f},{axes.y(p.kl):.1f}" for p in best)
     marks.append(f'<polyline class="curve" points="{line}"/>')
@@ -154,17 +176,6 @@ def size_and_loss(
         f'<text class="axis" transform="translate(16 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)">mean KL, nats</text>'
     )
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss against size">{"".join(marks)}</svg>'
-
-
-def _expected(axes: _Axes, curve: Sequence[tuple[int, float]]) -> list[str]:
-    """The part of a curve that lies within the axes."""
-    inside = [
-        (size, loss) for size, loss in curve if axes.small <= size <= axes.large and axes.least <= loss <= axes.most
-    ]
-    if len(inside) < 2:
-        return []
-    line = " ".join(f"{axes.x(size):.1f},{axes.y(loss):.1f}" for size, loss in inside)
-    return [f'<polyline class="expected" points="{line}"><title>expected of other sizes</title></polyline>']
 
 
 def _named(axes: _Axes, points: Sequence[Point], delivered: set[str]) -> set[int]:

@@ -1,6 +1,6 @@
 """From a recipe to a plan: one decision per Linear, with its reason, before anything is read or written."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -14,6 +14,7 @@ from anyquant.core.corrections import CorrectionSpec
 from anyquant.core.errors import AnyQuantError, UnsupportedError, UsageError
 from anyquant.core.linear import Linear, Role
 from anyquant.core.plan import Decision, Layout, Plan, Step
+from anyquant.core.registry import suggest
 from anyquant.formats.base import Format, Rules
 from anyquant.formats.payload import PayloadRules
 from anyquant.grids import grid as find_grid
@@ -219,6 +220,19 @@ def _check_ties(decisions: Mapping[str, Decision], ties: Mapping[str, str]) -> d
     return tied
 
 
+def refuse_unknown(names: Iterable[str], target: Rules, architecture: Architecture) -> None:
+    """Raise UsageError for a name that no grid has, with those that the target chooses from, where it has any."""
+    for name in dict.fromkeys(names):
+        try:
+            find_grid(name)
+        except UsageError:
+            offered = dict.fromkeys(grid for linear in architecture.linears for grid in target.candidates(linear))
+            if not offered:
+                raise
+            advice = suggest(name, list(offered)).replace("known: ", f"{target.name} has, among others, ")
+            raise UsageError(f"unknown grid {name!r}; {advice}") from None
+
+
 def make_plan(model: Model, target: Rules, recipe: Recipe, importance: bool) -> Plan:
     """Decide every Linear and every carried tensor, by the rules of the target.
 
@@ -226,6 +240,8 @@ def make_plan(model: Model, target: Rules, recipe: Recipe, importance: bool) -> 
     place on its grid.
     """
     architecture = model.architecture
+    asked = (recipe.grid, recipe.embedding, recipe.head, *(rule.grid for rule in recipe.rules))
+    refuse_unknown(filter(None, asked), target, architecture)
     base = _base(model, target, recipe, importance)
     _override(base, architecture, Role.EMBEDDING, recipe.embedding)
     _override(base, architecture, Role.HEAD, recipe.head)

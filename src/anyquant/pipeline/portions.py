@@ -15,7 +15,7 @@ from anyquant.grids import grid as find_grid
 from anyquant.pipeline.blocks import BLOCK_WEIGHTS, Block
 from anyquant.pipeline.choice import Wanted, rules_of
 from anyquant.pipeline.executors.threads import run_all
-from anyquant.pipeline.planner import Job, Model, draft_job
+from anyquant.pipeline.planner import Job, Model, draft_job, refuse_unknown
 from anyquant.pipeline.recipe import Recipe
 from anyquant.pipeline.rows import Direct, Importance
 
@@ -69,8 +69,7 @@ class Portion:
 def portions_of(question: Question) -> tuple[Portion, ...]:
     """All parts with their candidates and exact bytes; losses are not known yet (NaN)."""
     model, target = question.model, question.target
-    for name in question.candidates:
-        find_grid(name)
+    refuse_unknown(question.candidates, target, model.architecture)
     ties = target.ties(model.architecture)
     together: dict[str, list[Linear]] = {}
     for linear in model.architecture.linears:

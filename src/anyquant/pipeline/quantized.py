@@ -1,6 +1,7 @@
 """A job whose values are chosen, or will be when they are asked for: what a backend writes."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 from anyquant import __version__
 from anyquant.calibrate.stats import Statistics
 from anyquant.calibrate.text import Document, digest
-from anyquant.core.errors import AnyQuantError
+from anyquant.core.errors import AnyQuantError, BadInputError, UnsupportedError, UsageError
 from anyquant.core.progress import Progress
 from anyquant.pipeline.activations import needs_maximum
 from anyquant.pipeline.matrix import CODE_VERSION
@@ -22,6 +23,7 @@ from anyquant.store.state import canonical_json
 from anyquant.store.system import SYSTEM, remove_tree
 from anyquant.transforms.checkpoint import layers
 
+REFUSALS = (UsageError, BadInputError, UnsupportedError)
 ROOM = 4  # bytes on disk per weight that a staged job may need at most: codes, parameters, states
 
 
@@ -74,12 +76,19 @@ class Quantizer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            if list(self._mine.glob("stage-*.json")):
-                self._progress.say(f"finished blocks are kept in {self._mine}: the same command goes on behind them")
-            self._close()
-            if not list(self._folder.glob("*/stage-*.json")) and self._folder.exists():  # nothing to go on from
+        if kind is None:
+            return
+        begun = self._mine != self._folder
+        self._close()
+        own = [*self._earlier, *([self._mine] if begun else [])]
+        with suppress(OSError):  # what ended the run is the error to tell of
+            for folder in own:
+                if folder.exists() and (issubclass(kind, REFUSALS) or not _finished(folder)):
+                    remove_tree(SYSTEM, folder)
+            if begun and not any(self._folder.iterdir()):
                 remove_tree(SYSTEM, self._folder)
+        if any(map(_finished, own)):
+            self._progress.say(f"finished blocks are kept in {self._folder}: the same command goes on behind them")
 
     def quantized(self, job: Job) -> Quantized:
         """The values of a job, by block through the quantized model where it must be, else when they are asked for."""
@@ -146,6 +155,11 @@ class Quantizer:
         if self._work is not None:
             self._work.close()
             self._work = None
+
+
+def _finished(folder: Path) -> bool:
+    """Whether there is anything in it to go on behind."""
+    return any(folder.glob("stage-*.json"))
 
 
 def _maxima(done: Staged) -> dict[str, float]:

@@ -63,8 +63,8 @@ class Report:
 
     `chain` is what was done to the matrices, as one writes it. `notes` say matrix by matrix what was decided on the way
     or did not go as usual. `deployment` is how to run it. `limits` are those of the contract, each with its
-    evidence. `frontier`: (bytes, loss) that a search expects of the best choices. `proof` says
-    whether a runtime confirmed what the bytes mean, or only their schema.
+    evidence. `proof` says whether a runtime confirmed what the bytes mean, or only their schema. `frontier`: (bytes,
+    mean KL) that a search expects of the best mixtures of other sizes.
     """
 
     anyquant: str
@@ -95,8 +95,8 @@ class Report:
     notes: tuple[str, ...] = field(default=())
     deployment: Deployment | None = None
     limits: tuple[LimitResult, ...] = ()
-    frontier: tuple[tuple[int, float], ...] = ()
     proof: str = ""
+    frontier: tuple[tuple[int, float], ...] = ()
 
     @property
     def bits_per_weight(self) -> float:

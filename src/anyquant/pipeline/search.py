@@ -8,7 +8,7 @@ import numpy as np
 
 from anyquant.contract.allocate import Allocation, BudgetTooSmallError, Candidate, Choice, Group, allocate, curve
 from anyquant.contract.measured import BOUND, Margin, Measured, at_least, at_most
-from anyquant.contract.search import Effort, Outcome, Problem, Seen, Try, best_within_bytes, smallest_within_limits
+from anyquant.contract.search import Effort, Outcome, Problem, Seen, best_within_bytes, smallest_within_limits
 from anyquant.core.errors import UsageError
 from anyquant.core.linear import Linear
 from anyquant.evaluation.drops import Drop
@@ -26,7 +26,6 @@ from anyquant.pipeline.sensitivity import Sensitivity
 STRONGER = "gptq"  # what rounding is exchanged for where that is measured to pay
 WORTH = 0.95  # of the loss of rounding: what a stronger algorithm must come down to
 ENOUGH_BITS = 8.0  # per weight: from here on rounding loses next to nothing
-FRONTIER_POINTS = 120  # of the picture
 PROBES = 2  # measurements that comparing two algorithms takes
 
 
@@ -92,7 +91,6 @@ class Search:
         self._jobs: dict[tuple[str, ...], Job] = {}
         self._measured: dict[tuple[str, ...], Measured] = {}
         self._architecture = architecture
-        self.frontier: tuple[tuple[int, float], ...] = ()
 
     def run(self, effort: Effort, stronger: bool, say: Callable[[str], None]) -> Outcome:
         """The smallest plan within the limits, or the best within the bytes.
@@ -102,7 +100,7 @@ class Search:
         """
         groups: Sequence[Group] = self._space.groups
         limits, seen = self._contract, None
-        self.refuse_size()
+        self.refuse()
         if stronger and effort.evaluations > PROBES and not effort.expired():
             groups, seen = self._compared(groups, effort.expired, say)
             done = PROBES - (seen is not None)  # what was seen counts among the tries of the search itself
@@ -110,9 +108,7 @@ class Search:
         kinds = self._space.kinds(self._architecture)
         problem = Problem(groups, self.nbytes, self.measured, limits.max_kl, limits.max_size, kinds, seen)
         search = smallest_within_limits if limits.needs_measures else best_within_bytes
-        outcome = search(problem, effort, say)
-        self.frontier = () if outcome.best is None else frontier_through(outcome.best, groups)
-        return outcome
+        return search(problem, effort, say)
 
     def job(self, choice: Choice) -> Job:
         """The plan of a choice."""
@@ -158,12 +154,13 @@ class Search:
         fits = self._contract.max_size is None or self.nbytes(probe.choice) <= self._contract.max_size
         return [self._corrected(group, scale, share) for group in groups], seen if fits else None
 
-    def refuse_size(self) -> None:
-        """Raise BudgetTooSmallError before anything is made."""
+    def refuse(self) -> None:
+        """Raise BudgetTooSmallError before anything is made, UnsupportedError for a pin that the target cannot hold."""
         limit = self._contract.max_size
         groups = self._space.groups
         smallest = {group.name: min(group.candidates, key=lambda each: each.nbytes).name for group in groups}
-        if limit is not None and (nbytes := self.nbytes(smallest)) > limit:
+        nbytes = self.nbytes(smallest)
+        if limit is not None and nbytes > limit:
             raise BudgetTooSmallError(limit, nbytes)
 
     def _probe(self, groups: Sequence[Group]) -> Allocation:
@@ -174,7 +171,8 @@ class Search:
         if limits.max_kl is not None:
             budget = predicted.nbytes_for(limits.max_kl)
         if limits.max_size is not None:
-            budget = min(budget, limits.max_size - (self.nbytes(smallest.choice) - smallest.nbytes))
+            room = limits.max_size - (self.nbytes(smallest.choice) - smallest.nbytes)
+            budget = min(budget, room) if limits.needs_measures else room  # a short search may end with it
         return allocate(groups, max(int(budget), smallest.nbytes))
 
     def _corrected(self, group: Group, scale: float, share: float) -> Group:
@@ -201,17 +199,6 @@ class Search:
 
     def _key(self, choice: Choice) -> tuple[str, ...]:
         return self._algorithm or "", *(choice[group.name] for group in self._space.groups)
-
-
-def frontier_through(best: Try, groups: Sequence[Group]) -> tuple[tuple[int, float], ...]:
-    """(bytes, loss) of the best choices for given bytes as predicted, scaled so that what was measured lies on it."""
-    predicted, sizes = curve(groups), {(g.name, c.name): c.nbytes for g in groups for c in g.candidates}
-    overhead = best.nbytes - sum(sizes[pair] for pair in best.choice.items())
-    scale = 1.0
-    if best.measured is not None and best.predicted > 0 and math.isfinite(best.measured.loss):
-        scale = best.measured.loss / best.predicted
-    wanted = np.unique(np.linspace(0, len(predicted.nbytes) - 1, FRONTIER_POINTS).astype(int))
-    return tuple((int(predicted.nbytes[i]) + overhead, float(predicted.loss[i]) * scale) for i in wanted)
 
 
 def measured_of(found: Found, contract: Contract) -> Measured:

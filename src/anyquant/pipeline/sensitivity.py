@@ -36,8 +36,10 @@ __all__ = [
     "Portion",
     "Question",
     "Sensitivity",
+    "ask",
     "load",
     "portions_of",
+    "recall",
     "refuse",
     "save",
     "sensitivities",
@@ -94,13 +96,13 @@ class Sensitivity:
 def refuse(question: Question, saved: Path | None, shown: str | None = None) -> None:
     """Raise now what `sensitivities` would raise after the calibration: for the candidates, and the file `saved`.
 
-    And for a grid to be `shown` that is none of the candidates.
+    And for a grid that is to be `shown` and is no candidate.
     """
     if question.method not in METHODS:
         raise UsageError(f"unknown method {question.method!r}; known: {', '.join(METHODS)}")
-    grids = sorted({cell.grid for portion in portions_of(question) for cell in portion.cells})
+    grids = dict.fromkeys(cell.grid for portion in portions_of(question) for cell in portion.cells)
     if shown is not None and shown not in grids:
-        raise UsageError(f"--show {shown} is none of the candidates of {question.target.name}: {', '.join(grids)}")
+        raise UsageError(f"--show {shown} is none of the candidates: {', '.join(grids)}")
     if saved is not None and not saved.parent.is_dir():
         raise OutputError(f"{saved}: there is no folder {saved.parent}; make it first")
     if saved is not None and saved.exists():
@@ -110,35 +112,41 @@ def refuse(question: Question, saved: Path | None, shown: str | None = None) -> 
 def sensitivities(
     question: Question, folder: Path, threads: int, progress: Progress, saved: Path | None = None
 ) -> Sensitivity:
-    """The answer, from the file `saved` when it is about the same question, else by one pass; it is then saved there.
+    """The answer, from the file `saved` when it is about the same question, else by one pass. Raises as these do."""
+    return recall(question, saved, progress) or ask(question, folder, threads, progress, saved)
 
-    Temporary files lie in `folder`. Raises UsageError for unknown grids or methods and when nothing may be quantized,
-    BadInputError for a damaged file, and as `inner_products` and `divergences`.
+
+def recall(question: Question, saved: Path | None, progress: Progress) -> Sensitivity | None:
+    """What the file `saved` holds, if it is there and about this question.
+
+    Raises UsageError for unknown grids or methods and when nothing may be quantized, BadInputError for a damaged file.
     """
     refuse(question, saved)
-    portions = portions_of(question)
-    identity = _identity(question, portions)
-    if saved is not None and saved.exists():
-        if (known := recalled(question, saved)) is not None:
-            progress.say(f"sensitivities from {saved}")
-            return known
+    if saved is None or not saved.exists():
+        return None
+    found = load(saved)
+    if found.identity != _identity(question, portions_of(question)):
         progress.say(f"{saved} is about another model, text or target: asked anew, and replaced")
+        return None
+    progress.say(f"sensitivities from {saved}")
+    return found
+
+
+def ask(question: Question, folder: Path, threads: int, progress: Progress, saved: Path | None = None) -> Sensitivity:
+    """The answer by one pass; it is then kept in the file `saved`.
+
+    Temporary files lie in `folder`. Raises OutputError, and as `inner_products` and `divergences`.
+    """
+    portions = portions_of(question)
     with TemporaryDirectory(dir=folder, prefix=".sensitivity-") as scratch:
-        ask = _by_gradients if question.method == METHODS[0] else _by_forwards
-        found = ask(RoundingErrors(question, portions, threads), identity, Path(scratch), progress)
+        ask_by = _by_gradients if question.method == METHODS[0] else _by_forwards
+        errors = RoundingErrors(question, portions, threads)
+        found = ask_by(errors, _identity(question, portions), Path(scratch), progress)
     if found.unseen:
         progress.say(f"warning: no token reached {len(found.unseen)} expert matrices: their loss is that of the others")
     if saved is not None:
         save(saved, found)
     return found
-
-
-def recalled(question: Question, saved: Path | None) -> Sensitivity | None:
-    """What the file holds, if it is the answer to this question. Raises BadInputError for a damaged one."""
-    if saved is None or not saved.exists():
-        return None
-    found = load(saved)
-    return found if found.identity == _identity(question, portions_of(question)) else None
 
 
 def _streamed(question: Question) -> StreamedModel:
