@@ -19,7 +19,7 @@ LAYERS = [
     {"cli", "web", "serve", "deploy"},
 ]
 LEVEL = {folder: level for level, row in enumerate(LAYERS) for folder in row}
-HEAVY = {"torch", "transformers", "tokenizers", "accelerate", "compressed_tensors"}
+HEAVY = {"torch", "transformers", "tokenizers", "accelerate", "compressed_tensors", "bitsandbytes"}
 HEAVY |= {"numba", "gguf", "xllamacpp", "onnx", "onnxruntime", "openvino", "nncf", "mlx", "mlx_lm"}
 
 

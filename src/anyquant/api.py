@@ -34,6 +34,7 @@ from anyquant.pipeline.texts import load_splits, source_tokenizer
 from anyquant.runtimes.base import cores
 from anyquant.store.gguf import GGUFFile
 from anyquant.store.open import open_checkpoint
+from anyquant.transforms.merge import with_adapter
 
 DEMO = "demo"
 DEFAULT_TEXT_TOKENS = 4096  # about what the calibrate part of the default text has
@@ -116,6 +117,7 @@ def make(
     target: str | None = None,
     preset: str | None = None,
     grid: str | None = None,
+    adapter: str | Path | None = None,
     quality: str | None = None,
     contract: Contract | None = None,
     recipe: Recipe | str | Path | None = None,
@@ -134,16 +136,19 @@ def make(
     contract (or the best within its bytes), or the default preset when there is no contract. `budget` are the minutes
     that the search may take, `sensitivity` a file for what it starts from. How good: `quality` ("lossless",
     "strict", "balanced", "compact": a mean KL) and the further limits of a `contract`. Without a target the neutral
-    quantized state is published.
+    quantized state is published. `adapter` is the folder of a LoRA that is merged into the weights first: the original
+    is then the merged model.
 
     Raises subclasses of AnyQuantError. A contract that is not met is not an error here: see `Report.status`.
     """
     limits = with_quality(contract or Contract(), quality)
     if limits.max_drop and target is None:
         raise UsageError("--max-drop runs the artifact, and nothing runs the neutral state; name a target with --for")
+    if limits.max_drop and adapter is not None:
+        raise UsageError("--max-drop runs the original's folder, and with --adapter there is none of the merged model")
     if budget is not None and not (math.isfinite(budget) and budget > 0):
         raise UsageError(f"--budget is {budget:g}; give minutes, more than 0")
-    checkpoint = source_of(model_path(model))
+    checkpoint = with_adapter(source_of(model_path(model)), adapter)
     wish = _recipe(recipe, preset, grid, data_free, text)
     goal = _target(target, wish)
     choose = not _says_what(wish) and not limits.empty
@@ -156,7 +161,7 @@ def make(
     if not choose and not _says_what(wish):
         wish = _default(goal, wish)
     request = Request(
-        location=str(model),
+        location=str(model) if adapter is None else f"{model} + {adapter}",
         checkpoint=checkpoint,
         target=goal,
         recipe=wish,
@@ -221,6 +226,7 @@ def plan(
     target: str | None = None,
     preset: str | None = None,
     grid: str | None = None,
+    adapter: str | Path | None = None,
     recipe: Recipe | str | Path | None = None,
     data_free: bool = False,
     threads: int | None = None,
@@ -230,7 +236,7 @@ def plan(
     What the target cannot hold is said in `refusal`, beside a complete plan. Raises as `make` does for all else that
     it would refuse before it starts.
     """
-    checkpoint = source_of(model_path(model))
+    checkpoint = with_adapter(source_of(model_path(model)), adapter)
     wish = _recipe(recipe, preset, grid, data_free, None)
     goal = _target(target, wish)
     if not _says_what(wish):
@@ -291,9 +297,12 @@ def evaluate(
     text_field: str = Calibration().field,
     threads: int | None = None,
     kv_cache: str | None = None,
+    adapter: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Measures:
     """Measure an artifact in its runtime against the original on a text (all of it, up to `tokens`).
+
+    `adapter`: the folder of the LoRA that was merged into the original.
 
     `kv_cache`: types of llama.cpp's key-value cache, "q8_0" or "q8_0,q4_0" (keys, values); None: those that the
     artifact was made for.
@@ -302,7 +311,13 @@ def evaluate(
         Path(artifact),
         model_path(against),
         artifacts.Judging(
-            None if text is None else str(text), tokens, context, threads or cores(), text_field, kv_cache
+            None if text is None else str(text),
+            tokens,
+            context,
+            threads or cores(),
+            text_field,
+            kv_cache,
+            None if adapter is None else Path(adapter),
         ),
         progress or Silent(),
     )
@@ -314,14 +329,15 @@ def reproduce(
     against: str | Path,
     text: str | Path | None = None,
     threads: int | None = None,
+    adapter: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Reproduction:
     """Measure an artifact again as its certificate says it was, and compare.
 
-    The text is the one that its report names; `text` is where it lies now, if it was moved.
+    The text is the one that its report names; `text` is where it lies now, if it was moved. `adapter` as in `make`.
     """
-    where = None if text is None else str(text)
-    judging = artifacts.Judging(where, None, Calibration().context, threads or cores())
+    where, folder = None if text is None else str(text), None if adapter is None else Path(adapter)
+    judging = artifacts.Judging(where, None, Calibration().context, threads or cores(), adapter=folder)
     return artifacts.reproduce(Path(artifact), model_path(against), judging, progress or Silent())
 
 

@@ -244,7 +244,7 @@ def test_light_verbs_load_nothing_heavy(model: Model, arguments: list[str]) -> N
     code = (
         "import sys, atexit\n"
         "heavy = {'torch', 'numba', 'llvmlite', 'transformers', 'tokenizers', 'xllamacpp', 'compressed_tensors'}\n"
-        "heavy.add('mlx')\n"
+        "heavy |= {'bitsandbytes', 'mlx'}\n"
         "atexit.register(lambda: print('HEAVY', sorted(heavy & set(sys.modules)), file=sys.stderr))\n"
         "import anyquant\n"
         "from anyquant.cli.main import main; main()"

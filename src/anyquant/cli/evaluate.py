@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from anyquant.cli.options import TEXT_HELP, kv_cache
+from anyquant.cli.options import TEXT_HELP, adapter, kv_cache
 from anyquant.cli.progress import TerminalProgress
 from anyquant.cli.tables import print_measures, print_reproduction
 from anyquant.core.errors import ContractFailedError, UsageError
@@ -31,6 +31,7 @@ _ITS_OWN = ("text_field", "tokens", "context", "kv_cache")
 )
 @click.option("--context", type=click.IntRange(32), metavar="N", help="Tokens of a document (default: 512).")
 @click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Cores to use (default: all).")
+@adapter
 @kv_cache
 @click.option("--json", "as_json", is_flag=True, help="Print everything, each document too, as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
@@ -63,6 +64,7 @@ def command(artifact: Path, against: str, certificate: bool | None, as_json: boo
             context=flags["context"] or api.Calibration().context,
             threads=flags["threads"],
             kv_cache=flags["kv_cache"],
+            adapter=flags["adapter"],
             progress=progress,
         )
     if as_json:
@@ -77,7 +79,12 @@ def _reproduce(artifact: Path, against: str, flags: dict[str, Any], as_json: boo
 
     with TerminalProgress(quiet) as progress:
         found = api.reproduce(
-            artifact, against=against, text=flags["text"], threads=flags["threads"], progress=progress
+            artifact,
+            against=against,
+            text=flags["text"],
+            threads=flags["threads"],
+            adapter=flags["adapter"],
+            progress=progress,
         )
     if as_json:
         facts = {"reproduced": found.reproduced, "differences": found.differences, "unchecked": found.unchecked}

@@ -42,6 +42,7 @@ def command(model: str, out: Path, force: bool, as_json: bool, quiet: bool, **fl
     anyquant make PATH --for llama.cpp --max-size 4.0bpw --text mine.txt -o OUT
     anyquant make PATH --for llama.cpp --preset Q4_K_M --text mine.txt -o OUT
     anyquant make PATH --for vllm --grid int4-g128 -o OUT
+    anyquant make PATH --adapter LORA --for llama.cpp --preset Q4_K_M -o OUT
     anyquant make PATH --for llama.cpp --grid q3_k --algorithm gptq -o OUT
     anyquant make PATH --grid int4-g128 --algorithm "awq -> gptq" -o STATE     (the neutral state, for later formats)
     """
@@ -53,6 +54,7 @@ def command(model: str, out: Path, force: bool, as_json: bool, quiet: bool, **fl
             model,
             out=out,
             target=flags["target"],
+            adapter=flags["adapter"],
             quality=flags["quality"],
             contract=contract_of(flags),
             recipe=recipe_of(flags),

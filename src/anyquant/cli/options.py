@@ -17,8 +17,17 @@ from anyquant.pipeline.recipe import LEAST_TOKENS, Recipe, chosen, load_recipe
 
 Decorated = Callable[..., Any]
 
+adapter = click.option(
+    "--adapter",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="A LoRA adapter of peft, merged into the weights first.",
+)
 _WHAT = (
-    click.option("--for", "target", metavar="TARGET", help="Where it must run: llama.cpp, transformers, vllm."),
+    click.option(
+        "--for", "target", metavar="TARGET", help="Where it must run: llama.cpp, transformers, bitsandbytes, vllm."
+    ),
+    adapter,
     click.option("--preset", metavar="NAME", help="A named mixture of the target, e.g. Q4_K_M."),
     click.option("--grid", metavar="GRID", help="One grid for all matrices of the blocks, e.g. q4_k or int4-g128."),
     click.option(

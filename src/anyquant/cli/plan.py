@@ -25,7 +25,9 @@ def command(model: str, as_json: bool, **flags: Any) -> None:
     from anyquant import api
     from anyquant.pipeline.accounts import make_ledger
 
-    planned = api.plan(model, target=flags["target"], recipe=recipe_of(flags), threads=flags["threads"])
+    planned = api.plan(
+        model, target=flags["target"], adapter=flags["adapter"], recipe=recipe_of(flags), threads=flags["threads"]
+    )
     job = planned.job
     ledger = make_ledger(job)
     if as_json:

@@ -13,6 +13,8 @@ EXTRAS = {
     "tokenizers": "torch",
     "xllamacpp": "llamacpp",
     "compressed_tensors": "compressed-tensors",
+    "bitsandbytes": "bitsandbytes",
+    "torchao": "torchao",
     "datasets": "datasets",
     "mlx": "mlx",
     "mlx_lm": "mlx",

@@ -22,6 +22,9 @@ FORMATS: Registry[Format] = Registry(
         "quark": "anyquant.formats.quark.scheme:FORMAT",
         "fp8": "anyquant.formats.fp8.scheme:FORMAT",
         "mlx": "anyquant.formats.mlx.scheme:FORMAT",
+        "bitsandbytes": "anyquant.formats.bitsandbytes.scheme:FORMAT",
+        "torchao": "anyquant.formats.torchao.scheme:FORMAT",
+        "hqq": "anyquant.formats.hqq.scheme:FORMAT",
     },
     "anyquant.formats",
 )

@@ -69,6 +69,8 @@ FAMILIES = (
             for double in ("", "-double")
         ),
     ),
+    # what the hqq package has made; nothing to choose
+    Family("anyquant.grids.float_zero", r"hqq[1234568]-g[1-9]\d{0,5}", ()),
     Family("anyquant.grids.codebook", r"codebook[2-8]", tuple(f"codebook{bits}" for bits in range(2, 9))),
 )
 

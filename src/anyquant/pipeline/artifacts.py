@@ -28,16 +28,18 @@ from anyquant.pipeline.certificate import (
 )
 from anyquant.pipeline.measure import ReferenceLogits, answers, compare
 from anyquant.pipeline.recipe import Calibration
-from anyquant.pipeline.targets import expect_libraries
+from anyquant.pipeline.targets import expect_libraries, targets
 from anyquant.pipeline.texts import load_splits, source_tokenizer, usable_context
 from anyquant.runtimes import RUNTIMES
 from anyquant.runtimes.folder import read_config, runtime_of
+from anyquant.runtimes.huggingface import RUNTIME, libraries_for
 from anyquant.runtimes.kv_cache import KV_CACHE, CacheTypes, cannot_tell
 from anyquant.runtimes.transformers import TransformersRuntime
 from anyquant.store.gguf import GGUFFile
 from anyquant.store.manifest import listed_files, read_manifest, verify_manifest
 from anyquant.store.open import ARTIFACT, is_state, open_checkpoint
 from anyquant.store.state import StateReader
+from anyquant.transforms.merge import with_adapter
 
 LONGEST = 1 << 16  # tokens of a prompt and its continuation where the model does not say
 
@@ -112,6 +114,7 @@ class Judging:
     """`text` None means the default text; `tokens` bounds it, `context` is the window length.
 
     `field` is the one of its records that counts. `kv_cache`: types of the key-value cache; None: see `cache_of`.
+    `adapter`: the folder of one that belongs to the original.
     """
 
     text: str | None
@@ -120,6 +123,7 @@ class Judging:
     threads: int
     field: str = FIELD
     kv_cache: str | None = None
+    adapter: Path | None = None
 
 
 def runtime_name(artifact: Path) -> str:
@@ -133,6 +137,14 @@ def entry_of(artifact: Path) -> Path:
     """The path that the runtime opens: OUT/model.gguf for an output folder that holds one."""
     inner = artifact / ARTIFACT
     return inner if artifact.is_dir() and inner.exists() else artifact
+
+
+def _libraries(artifact: Path) -> Sequence[str]:
+    """What the runtime needs to open an artifact."""
+    name = runtime_name(artifact)
+    if name == RUNTIME.name:
+        return libraries_for(artifact) if artifact.is_dir() else ()
+    return next((known.libraries for known in targets().values() if known.runtime == name), ())
 
 
 def _refuse_changed(artifact: Path) -> None:
@@ -155,7 +167,7 @@ def evaluate(artifact: Path, against: Path, judging: Judging, progress: Progress
     On the default text only its *certify* documents are used, so that a run of `make` can be reproduced.
     """
     _expect_sound(artifact)
-    source = as_model(open_checkpoint(against))
+    source = with_adapter(as_model(open_checkpoint(against)), judging.adapter)
     architecture = detect(source)
     tokenizer = within(source_tokenizer(source), architecture.dimensions.vocabulary)
     context = usable_context(judging.context, architecture)
@@ -177,7 +189,7 @@ def reproduce(artifact: Path, against: Path, judging: Judging, progress: Progres
     _expect_sound(artifact)
     opened = open_checkpoint(artifact)
     sealed = expect_measured(read_certificate(opened.metadata, opened.config, str(artifact)), artifact)
-    source = as_model(open_checkpoint(against))
+    source = with_adapter(as_model(open_checkpoint(against)), judging.adapter)
     architecture = detect(source)
     record = read_record(artifact)
     documents = load_splits(source_tokenizer(source), architecture, *_certified(record, judging)).certify
@@ -233,8 +245,8 @@ def _certified(record: Record | None, judging: Judging) -> tuple[Calibration, in
 
 def _expect_sound(artifact: Path) -> None:
     """Refuse a damaged, incomplete or changed artifact, and missing libraries, with a reason."""
-    expect_libraries(runtime_name(artifact))
     open_checkpoint(artifact)
+    expect_libraries(_libraries(artifact))
     _refuse_changed(artifact)
 
 

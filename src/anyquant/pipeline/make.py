@@ -43,6 +43,7 @@ from anyquant.pipeline.texts import DEFAULT_TEXT_WARNING, describe, load_splits,
 from anyquant.pipeline.transcode import KINDS, transcoding
 from anyquant.pipeline.verify import Verified
 from anyquant.pipeline.watch import Watch
+from anyquant.pipeline.work import source_paths
 from anyquant.runtimes.transformers import TransformersRuntime
 from anyquant.store.publish import Stage
 from anyquant.transforms.checkpoint import settle
@@ -110,7 +111,7 @@ class Maker:
         self._refuse_input_as_output()
         planned = self._planned()
         if self.measuring:
-            expect_libraries(request.target.runtime)
+            expect_libraries(request.target.libraries)
         with Stage(request.out, request.overwrite, needed=planned.layout.nbytes) as stage:
             splits, tokenizer = self._texts()
             self.meter.take_baselines((SELECT, CERTIFY) if request.choose else (CERTIFY,), self.progress)
@@ -140,10 +141,11 @@ class Maker:
 
     def _refuse_input_as_output(self) -> None:
         """Inputs are never modified: nothing is written into the model's folder."""
-        source, out = Path(self.request.checkpoint.location).resolve(), self.request.out.resolve()
-        source = source if source.is_dir() else source.parent
-        if source == out or source in out.parents:
-            raise OutputError(f"{self.request.out} lies inside the model's folder {source}; choose another -o")
+        out = self.request.out.resolve()
+        for path in source_paths(self.request.checkpoint):
+            source = path.resolve() if path.is_dir() else path.resolve().parent
+            if source == out or source in out.parents:
+                raise OutputError(f"{self.request.out} lies inside the model's folder {source}; choose another -o")
 
     def _planned(self) -> Job:
         """What is asked for; the target's default where the contract is to choose. All refusals come here."""

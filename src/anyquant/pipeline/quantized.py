@@ -179,7 +179,7 @@ def _identity(job: Job, documents: Sequence[Document], versions: Mapping[str, st
     return {
         "code": [__version__, CODE_VERSION],
         "target": job.format.name,
-        "source": source_identity(job.source.location),
+        "source": source_identity(job.source),
         "recipe": job.recipe.as_dict(),
         "documents": [len(documents), digest(documents)],
         "versions": dict(versions),

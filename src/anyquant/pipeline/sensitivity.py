@@ -288,7 +288,7 @@ def _identity(question: Question, portions: Sequence[Portion]) -> str:
     digest, model = sha256(), question.model
     asked = {
         "version": [VERSION, __version__],
-        "model": source_identity(model.source.location),
+        "model": source_identity(model.source),
         "rewrites": [layer.digest() for layer in layers(model.checkpoint)],
         "target": question.target.name,
         "portions": [

@@ -1,6 +1,7 @@
 """Targets: what `--for` may name, and which format and runtime that means. Facts in runtimes/data/engines.toml."""
 
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -71,10 +72,12 @@ def targets() -> dict[str, Target]:
     }
 
 
-def expect_libraries(runtime: str) -> None:
-    """Raise MissingExtraError now for what measuring in `runtime` would miss after the work; nothing is imported."""
-    further = next((known.libraries for known in targets().values() if known.runtime == runtime), ())
-    for library in (*MEASURING, *further):
+def expect_libraries(libraries: Sequence[str]) -> None:
+    """Raise MissingExtraError now for what measuring would miss after the work; nothing is imported.
+
+    `libraries` are those of the runtime, beside what every measurement needs.
+    """
+    for library in (*MEASURING, *libraries):
         if find_spec(library) is None:
             require(library)
 

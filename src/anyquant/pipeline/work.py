@@ -15,11 +15,13 @@ from zipfile import BadZipFile
 import numpy as np
 import numpy.typing as npt
 
+from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.errors import AnyQuantError
 from anyquant.grids import grid as find_grid
 from anyquant.store.journal import Journal
 from anyquant.store.state import EntryReader, StateWriter, canonical_json
 from anyquant.store.system import SYSTEM, remove_tree
+from anyquant.transforms.merge import Merged
 
 IDENTITY = "identity.json"
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -99,8 +101,12 @@ class Work:
             return None
 
 
-def source_identity(location: str) -> list[tuple[str, int, int]]:
+def source_paths(source: Checkpoint) -> list[Path]:
+    """Where a model is read from: its folder or file, and that of an adapter."""
+    return [Path(source.location), *([source.folder] if isinstance(source, Merged) else [])]
+
+
+def source_identity(source: Checkpoint) -> list[tuple[str, int, int]]:
     """(name, bytes, time of the last change) of the files of a model: changed files begin a new run."""
-    path = Path(location)
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    files = [file for path in source_paths(source) for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]

@@ -6,7 +6,7 @@ downloaded.
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,13 @@ from anyquant.runtimes.folder import TOKENIZER, FolderSession, read_config
 
 # of compressed-tensors: what it decodes to bfloat16 only
 BFLOAT16_FORMATS = frozenset({"nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"})
-OPENED = ("compressed-tensors", "fp8")
+# quantization methods that transformers runs on a CPU, and the libraries that each needs there
+METHODS: Mapping[str, tuple[str, ...]] = {
+    "compressed-tensors": ("compressed_tensors",),
+    "fp8": (),
+    "bitsandbytes": ("bitsandbytes",),
+    "torchao": ("torchao",),
+}
 
 
 def _refusals(folder: Path) -> list[str]:
@@ -26,13 +32,34 @@ def _refusals(folder: Path) -> list[str]:
     reasons = []
     if config.get("model_type") not in FAMILIES:
         reasons.append(f"model type {config.get('model_type')!r} is not one of {', '.join(sorted(FAMILIES))}")
-    settings = config.get("quantization_config") or {}
-    method = settings.get("quant_method") if isinstance(settings, dict) and settings else OPENED[0]
-    if method not in OPENED:
+    method = _method(config)
+    if method is not None and method not in METHODS:
         reasons.append(f"quantization method {method!r} is not opened here")
     if not (folder / TOKENIZER).is_file():
         reasons.append(f"there is no {TOKENIZER}")
     return reasons
+
+
+def libraries_for(folder: Path) -> tuple[str, ...]:
+    """What opening the folder needs beside transformers."""
+    method = _method(read_config(folder))
+    return METHODS.get(str(method), ())
+
+
+def _method(config: Mapping[str, Any]) -> Any:
+    """The quantization method that a config names; None for a model in float."""
+    settings = config.get("quantization_config")
+    return settings.get("quant_method", "") if isinstance(settings, dict) and settings else None
+
+
+def _compute_exactly(model: Any, torch: Any) -> None:
+    """bitsandbytes on a CPU with bfloat16 instructions repacks its weights for them when it first runs, and rounds what
+    they are multiplied with (and a model saved then is another one); elsewhere, too, it goes by the type in the config.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+            module.compute_dtype, module.compute_type_is_set = torch.float32, True
 
 
 def _computes_in_bfloat16(folder: Path) -> bool:
@@ -51,6 +78,10 @@ class HuggingFaceSession(FolderSession):
         if threads is not None:
             self._torch.set_num_threads(threads)
         transformers = require("transformers")
+        # what the libraries print on import is not for the user
+        with contextlib.redirect_stderr(io.StringIO()):
+            for library in libraries_for(folder):
+                require(library)
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         model_class = getattr(transformers, FAMILIES[str(read_config(folder)["model_type"])][1])
@@ -61,6 +92,9 @@ class HuggingFaceSession(FolderSession):
                 self._model = model_class.from_pretrained(
                     folder, local_files_only=True, use_safetensors=True, dtype=dtype
                 ).eval()
+                if "torchao" in libraries_for(folder):  # its weights keep the type they are stored for
+                    self._model = self._model.to(self._torch.float32)
+                _compute_exactly(self._model, self._torch)
                 with self._torch.no_grad():
                     self._model(self._torch.zeros(1, 1, dtype=self._torch.long))
         except (OSError, ValueError, RuntimeError, KeyError) as error:

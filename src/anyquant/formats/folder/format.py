@@ -190,7 +190,8 @@ class FolderFormat:
             dtype = checkpoint.spec(name).dtype
             units += [Unit(item.name, (), (item.name,), FLOAT_GRIDS[dtype], (name,)) for item in items]
             tensors.append((name, dtype, (sum(item.length for item in items),)))
-        weights = _weight_files(tensors, self.shard_bytes, self.framework)
+        facts = self.scheme.metadata(modules, [name for name, *_ in tensors])
+        weights = _weight_files(tensors, self.shard_bytes, {"format": self.framework, **facts})
         settings = self.scheme.config(architecture, plan, modules)
         small = {CONFIG: model_config(checkpoint.config, plan.config_patch, settings)}
         small |= self.scheme.files(architecture, plan, modules)
@@ -312,16 +313,18 @@ class FolderFormat:
     def _layout(self, variant: str) -> ModuleLayout:
         return FloatLayout(FLOATS[variant]) if variant in FLOATS else self.scheme.layout(variant)
 
-    def _variant(self, decision: Decision) -> str:
-        return decision.grid if decision.grid in FLOATS else self.scheme.variant(decision)
+    def _variant(self, decision: Decision, kept: str = "") -> str:
+        return decision.grid if decision.grid in FLOATS else self.scheme.variant_beside(decision, kept)
 
     def _planned(self, architecture: Architecture, plan: Plan) -> tuple[Module, ...]:
         """The modules of a plan, each as its first Linear is decided."""
         found = []
+        embedding = next((one.name for one in architecture.linears if one.role is Role.EMBEDDING), None)
+        kept = "" if embedding is None else plan.decisions[embedding].grid
         for path, linears in _modules(architecture).items():
             decision = plan.decisions[linears[0].name]
             shape = (sum(linear.view.rows for linear in linears), linears[0].view.columns)
-            variant, activation = self._variant(decision), decision.input_activation
+            variant, activation = self._variant(decision, kept), decision.input_activation
             found.append(Module(path, tuple(linears), shape, decision.grid, variant, activation))
         return tuple(found)
 
@@ -342,8 +345,13 @@ def _carried(architecture: Architecture) -> dict[str, list[Carried]]:
     return found
 
 
-def _weight_files(tensors: list[tuple[str, str, tuple[int, ...]]], most: int, framework: str) -> list[TargetFile]:
-    """One file, or shards of at most `most` bytes of tensors (a larger tensor has its own) with their index."""
+def _weight_files(
+    tensors: list[tuple[str, str, tuple[int, ...]]], most: int, facts: Mapping[str, str]
+) -> list[TargetFile]:
+    """One file, or shards of at most `most` bytes of tensors (a larger tensor has its own) with their index.
+
+    Each has all of the `facts` in its metadata.
+    """
     shards: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
     filled = 0
     for tensor in tensors:
@@ -354,17 +362,17 @@ def _weight_files(tensors: list[tuple[str, str, tuple[int, ...]]], most: int, fr
         shards[-1].append(tensor)
         filled += size
     if len(shards) == 1:
-        return [_weights_file(SINGLE, tensors, framework)]
+        return [_weights_file(SINGLE, tensors, facts)]
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    files = [_weights_file(name, shard, framework) for name, shard in zip(names, shards, strict=True)]
+    files = [_weights_file(name, shard, facts) for name, shard in zip(names, shards, strict=True)]
     total = sum(part.nbytes for file in files for part in file.parts)
     weight_map = {part.name: file.path for file in files for part in file.parts}
     index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True)
     return [*files, TargetFile(INDEX, index.encode() + b"\n", (), len(index.encode()) + 1)]
 
 
-def _weights_file(name: str, tensors: list[tuple[str, str, tuple[int, ...]]], framework: str) -> TargetFile:
-    prefix, offsets = write_safetensors_header(tensors, {"format": framework})
+def _weights_file(name: str, tensors: list[tuple[str, str, tuple[int, ...]]], facts: Mapping[str, str]) -> TargetFile:
+    prefix, offsets = write_safetensors_header(tensors, facts)
     parts = tuple(
         Part(tensor, dtype, shape, offset, math.prod(shape) * DTYPES[dtype].size)
         for (tensor, dtype, shape), offset in zip(tensors, offsets, strict=True)

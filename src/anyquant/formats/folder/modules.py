@@ -36,7 +36,8 @@ class Along(StrEnum):
 class Stored:
     """One tensor of a module: its name behind the module's (`suffix`), its safetensors type or OWN, its shape.
 
-    `per` rows of the matrix take `steps` steps along the axis that `along` names.
+    `per` rows of the matrix take `steps` steps along the axis that `along` names: a row of a flattened matrix takes
+    many.
     """
 
     suffix: str
@@ -58,7 +59,7 @@ class Stored:
         """Where the rows [first, first + rows) of the module lie in the tensor; `first` is a multiple of `per`."""
         if self.along is Along.ONCE:
             return Place(part, 0, self.nbytes, shared=True)
-        start, stop = first // self.per * self.steps, -(-(first + rows) // self.per) * self.steps
+        start, stop = first * self.steps // self.per, -(-(first + rows) * self.steps // self.per)
         if self.along is Along.ROWS:
             step = self.nbytes // max(self.shape[0], 1)
             return Place(part, start * step, (stop - start) * step)

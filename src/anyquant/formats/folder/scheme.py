@@ -86,6 +86,13 @@ class Scheme(ABC):
         """The name of the layout for a decision: the grid, where a grid is stored in one way only."""
         return decision.grid
 
+    def variant_beside(self, decision: Decision, kept: str) -> str:
+        """As `variant`, for a format that stores the weights of models of another type otherwise.
+
+        `kept` is the grid of the model's embedding.
+        """
+        return self.variant(decision)
+
     @abstractmethod
     def layout(self, name: str) -> ModuleLayout:
         """The layout of that name. Raises UnsupportedError for a grid that the format cannot hold, naming those it can.
@@ -107,6 +114,10 @@ class Scheme(ABC):
     @abstractmethod
     def config(self, architecture: Architecture, plan: Plan, modules: tuple[Module, ...]) -> Mapping[str, Any]:
         """The keys of config.json that say what is quantized and how, such as "quantization_config"."""
+
+    def metadata(self, modules: tuple[Module, ...], tensors: Sequence[str]) -> Mapping[str, str]:
+        """What the metadata of the safetensors files says about the modules; `tensors` are the names of all."""
+        return {}
 
     def files(self, architecture: Architecture, plan: Plan, modules: tuple[Module, ...]) -> Mapping[str, bytes]:
         """Further small files, by name."""

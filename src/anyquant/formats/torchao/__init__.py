@@ -1,0 +1,1 @@
+"""torchao's tensor subclasses, flattened into safetensors, as `transformers` loads them."""
