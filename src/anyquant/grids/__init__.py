@@ -92,7 +92,7 @@ def grid(name: str) -> Grid:
         return _checked(name, point.load())
     near = suggest(name, names())
     if near.startswith("known"):  # 200 of them
-        near = f"there are {', '.join(family.names[0] for family in FAMILIES)} and others like them"
+        near = f"there are {', '.join(family.names[0] for family in FAMILIES if family.names)} and others like them"
     raise UsageError(f"unknown grid {name!r}; {near}")
 
 
