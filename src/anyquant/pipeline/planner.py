@@ -18,6 +18,7 @@ from anyquant.core.registry import suggest
 from anyquant.formats.base import Format, Rules
 from anyquant.formats.payload import PayloadRules
 from anyquant.grids import grid as find_grid
+from anyquant.grids import names as grid_names
 from anyquant.models.architecture import Architecture
 from anyquant.pipeline.activations import input_activation, needs_maximum, parse_activation
 from anyquant.pipeline.chain import Chain, parse_chain
@@ -221,16 +222,16 @@ def _check_ties(decisions: Mapping[str, Decision], ties: Mapping[str, str]) -> d
 
 
 def refuse_unknown(names: Iterable[str], target: Rules, architecture: Architecture) -> None:
-    """Raise UsageError for a name that no grid has, with those that the target chooses from, where it has any."""
+    """Raise UsageError for a name that no grid has, with the nearest that the target holds."""
     for name in dict.fromkeys(names):
         try:
             find_grid(name)
         except UsageError:
-            offered = dict.fromkeys(grid for linear in architecture.linears for grid in target.candidates(linear))
-            if not offered:
-                raise
-            advice = suggest(name, list(offered)).replace("known: ", f"{target.name} has, among others, ")
-            raise UsageError(f"unknown grid {name!r}; {advice}") from None
+            near = suggest(name, [one for one in grid_names() if target.holds(one)])
+            if near.startswith("known"):  # too many to read: those that a search chooses from
+                offered = dict.fromkeys(grid for linear in architecture.linears for grid in target.candidates(linear))
+                near = f"{target.name} has, among others, {', '.join(offered)}"
+            raise UsageError(f"unknown grid {name!r}; {near}") from None
 
 
 def make_plan(model: Model, target: Rules, recipe: Recipe, importance: bool) -> Plan:
