@@ -25,7 +25,7 @@ adapter = click.option(
 )
 _WHAT = (
     click.option(
-        "--for", "target", metavar="TARGET", help="Where it must run: llama.cpp, transformers, bitsandbytes, vllm."
+        "--for", "target", metavar="TARGET", help="Where it must run: llama.cpp, transformers, vllm, mlx and others."
     ),
     adapter,
     click.option("--preset", metavar="NAME", help="A named mixture of the target, e.g. Q4_K_M."),

@@ -21,7 +21,7 @@ MOST_COLUMNS = 16  # blocks in a row of the terminal; of more, the worst of neig
 
 @click.command("sensitivity", short_help="What each part of a model loses on each grid.")
 @click.argument("model")
-@click.option("--for", "target", metavar="TARGET", help="Whose grids are candidates: llama.cpp, transformers, vllm.")
+@click.option("--for", "target", metavar="TARGET", help="Whose grids are candidates: llama.cpp, vllm, mlx and others.")
 @click.option("--candidates", metavar="A,B,C", help="The grids to consider (default: those of the target).")
 @click.option(
     "--method",
