@@ -40,7 +40,9 @@ on_the_whole_product = pytest.mark.parametrize(("algorithm", "grid_name"), PAIRS
 def test_nothing_is_left_out() -> None:
     algorithms = [ALGORITHMS.get(name) for name in ALGORITHMS.names()]
     assert {one.name for one in algorithms if one.quantize or one.tune} == set(ALGORITHM_OPTIONS)
-    assert {type(find_grid(name)).__module__ for name in GRIDS} == {family.module for family in FAMILIES if family.names}
+    assert {type(find_grid(name)).__module__ for name in GRIDS} == {
+        family.module for family in FAMILIES if family.names
+    }
 
 
 @on_the_whole_product
