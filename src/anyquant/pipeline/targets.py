@@ -96,7 +96,7 @@ def target_or_format(name: str) -> Target:
     by_format = {one.format: one for one in reversed(known.values())}
     found = known.get(name) or by_format.get(name)
     if found is None:
-        raise UsageError(f"unknown target or format {name!r}; {suggest(name, [*known, *by_format])}")
+        raise UsageError(f"unknown target or format {name!r}; {suggest(name, list(known | by_format))}")
     return found
 
 
