@@ -14,6 +14,7 @@ from anyquant.core.progress import Progress, Silent
 from anyquant.evaluation.limits import Contract, DropLimit, with_quality
 from anyquant.evaluation.measures import Measures
 from anyquant.formats import as_model, rules
+from anyquant.grids import grid as find_grid
 from anyquant.grids import names as grid_names
 from anyquant.pipeline import artifacts
 from anyquant.pipeline.certificate import Reproduction
@@ -95,7 +96,9 @@ def _target(name: str | None, recipe: Recipe) -> Target:
 
 
 def _refuse_idle(recipe: Recipe, budget: float | None, sensitivity: str | Path | None) -> None:
-    """Raise UsageError for what only a search heeds, where there is none."""
+    """Raise UsageError for what only a search heeds, where there is none; first for a pin that no search would take."""
+    for name in recipe.pins.values():
+        find_grid(name)
     given = {"--pin": recipe.pins, "--budget": budget is not None, "--sensitivity": sensitivity is not None}
     for flag, used in given.items():
         if used:

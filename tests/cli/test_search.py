@@ -164,6 +164,7 @@ def test_a_contract_that_nothing_keeps(call: Call, model: Model, text: Path, tmp
         (("--max-size", 400 * "9" + "B"), "--max-size"),
         (("--max-size", "6bpw", "--pin", "attn_w=q8_0"), "--pin attn_w: matches no matrix"),
         (("--max-size", "6bpw", "--pin", "attn_v=q9"), "unknown grid 'q9'; gguf has, among others, iq2_s, "),
+        (("--pin", "attn_v=q4k"), "unknown grid 'q4k'; did you mean"),
         (("--max-size", "6bpw", "--pin", "attn_v=q4k"), "unknown grid 'q4k'; did you mean q4_k"),
         (("--max-size", "6bpw", "--pin", "attn_v"), "NAME=GRID"),
         (("--max-kl", "0.1", "--budget", "0"), "--budget"),

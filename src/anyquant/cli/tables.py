@@ -14,7 +14,7 @@ from anyquant.formats.certificate import KEY, OBJECT
 from anyquant.pipeline.artifacts import Contents
 from anyquant.pipeline.certificate import Reproduction
 from anyquant.pipeline.cost import Planned
-from anyquant.pipeline.picture import human_bytes
+from anyquant.pipeline.picture import human_bytes, kl_form
 from anyquant.pipeline.planner import chain_of
 from anyquant.pipeline.report import Report, summary_rows
 
@@ -65,8 +65,7 @@ def _points(report: Report) -> Table:
     table.add_column("text")
     for point in report.points:
         style = "bold" if point.chosen else ""
-        interval = f"{point.low:.5f} to {point.high:.5f}"
-        table.add_row(point.label, f"{point.nbytes:,}", f"{point.kl:.5f}", interval, point.text, style=style)
+        table.add_row(point.label, f"{point.nbytes:,}", *point.shown, point.text, style=style)
     return table
 
 
@@ -97,7 +96,7 @@ def print_plan(planned: Planned, ledger: Ledger) -> None:
                 ("algorithm", chain_of(job)),
                 *([("activations", job.recipe.activations)] if job.recipe.activations else []),
                 ("size", f"{cost.disk:,} bytes {exactly} ({human_bytes(cost.disk)}); source {human_bytes(source)}"),
-                ("bits per weight", f"{8 * job.layout.payload / job.weights:.3f}"),
+                ("bits per weight", f"{8 * cost.disk / job.weights:.3f}"),
                 ("memory", f"about {human_bytes(cost.memory)} at the peak"),
                 ("time", f"about {cost.seconds:.0f} s to calibrate, quantize and verify, without measuring"),
             ]
@@ -177,9 +176,10 @@ def print_measures(measures: Measures) -> None:
     tail = "" if measures.kl_99_9_certified else " (too few tokens to certify)"
     change = _range(ratio.interval[0] - 1, ratio.interval[1] - 1, "+.2%")
     noun = "document" if measures.documents == 1 else "documents"
+    form = kl_form(kl.value)
     rows = [
         ("text", f"{measures.documents} {noun}, {measures.tokens:,} tokens"),
-        ("mean KL", f"{kl.value:.5f} nats{_range(*kl.interval, '.5f')}"),
+        ("mean KL", f"{kl.value:{form}} nats{_range(*kl.interval, form)}"),
         ("99.9 % KL", f"{measures.kl_99_9:.4f} nats{tail}"),
         ("same top token", f"{top.value:.2%}{_range(*top.interval, '.2%')}"),
         ("perplexity", f"{measures.ppl_candidate:.3f}, original {measures.ppl_reference:.3f}"),

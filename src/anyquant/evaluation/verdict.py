@@ -182,11 +182,11 @@ def _size(size: int | None, contract: Contract) -> list[LimitResult]:
     if limit is None:
         return []
     if size is None:
-        text = f"The size cannot be judged against {limit} bytes: nothing was written."
+        text = f"The size cannot be judged against {limit:,} bytes: nothing was written."
         return [LimitResult("max_size", limit, math.nan, math.nan, math.nan, Status.INCONCLUSIVE, text)]
     status = Status.PASS if size <= limit else Status.FAIL
     side = "within" if status is Status.PASS else "above"
-    text = f"size {size} bytes, {side} the limit of {limit}."
+    text = f"size {size:,} bytes, {side} the limit of {limit:,}."
     return [LimitResult("max_size", limit, size, size, size, status, text, f"--max-size {size}B")]
 
 

@@ -34,6 +34,17 @@ class Point:
         """The split of the text that it was measured on."""
         return "certify" if self.chosen else "select"
 
+    @property
+    def shown(self) -> tuple[str, str]:
+        """The mean KL and its interval, in words."""
+        form = kl_form(self.kl)
+        return format(self.kl, form), f"{self.low:{form}} to {self.high:{form}}"
+
+
+def kl_form(value: float) -> str:
+    """Decimals where they show something, powers of ten below."""
+    return ".5f" if value >= 1e-3 else ".1e"
+
 
 def human_bytes(nbytes: float) -> str:
     """Decimal units: 14.1 MB."""

@@ -14,7 +14,7 @@ from anyquant.core.ledger import Ledger
 from anyquant.evaluation.limits import QUALITIES
 from anyquant.evaluation.verdict import LimitResult
 from anyquant.pipeline.deployment import Deployment
-from anyquant.pipeline.picture import Point, error_map, human_bytes, size_and_loss
+from anyquant.pipeline.picture import Point, error_map, human_bytes, kl_form, size_and_loss
 
 SCHEMA = 1
 
@@ -100,8 +100,8 @@ class Report:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of all tensor data of the artifact per weight of the model's Linears."""
-        return 8 * sum(line.target_bytes for line in self.ledger.lines) / self.weights
+        """Bits of the artifact's files per weight of the model's Linears, as `--max-size 4.5bpw` counts them."""
+        return 8 * self.nbytes / self.weights
 
     @property
     def mean_kl(self) -> float | None:
@@ -188,11 +188,6 @@ def _interval(value: tuple[float, float, float], scale: float = 1.0, form: str =
     return f"{middle} ({low} to {high})"
 
 
-def _kl_form(value: float) -> str:
-    """Decimals where they show something, powers of ten below."""
-    return ".5f" if value >= 1e-3 else ".1e"
-
-
 def _options_of(recipe: Mapping[str, Any]) -> str:
     """The options and activations that a recipe names."""
     given = ", ".join(f"{name}={value}" for name, value in (recipe.get("options") or {}).items())
@@ -216,7 +211,7 @@ def summary_rows(report: Report) -> list[tuple[str, str]]:
         text = report.data.get("text", "")
         rows += [
             ("judged on", f"{loss.documents} documents, {loss.tokens:,} tokens of {text}; in brackets 95 % intervals"),
-            ("mean KL", f"{_interval(loss.mean_kl, form=_kl_form(loss.mean_kl[0]))} nats"),
+            ("mean KL", f"{_interval(loss.mean_kl, form=kl_form(loss.mean_kl[0]))} nats"),
             ("99.9 % KL", f"{loss.kl_99_9:.4f} nats"),
             ("same top token", _interval(loss.same_top, 100, ".2f") + " %"),
             (
@@ -260,10 +255,7 @@ def render_markdown(report: Report) -> str:
         lines += ["", "## Measured on the way", ""]
         lines += _table(
             ("what", "bytes", "mean KL", "95 % interval", "text", "made of"),
-            [
-                (p.label, f"{p.nbytes:,}", f"{p.kl:.5f}", f"{p.low:.5f} to {p.high:.5f}", p.text, p.detail)
-                for p in report.points
-            ],
+            [(p.label, f"{p.nbytes:,}", *p.shown, p.text, p.detail) for p in report.points],
         )
     if report.limits:
         lines += ["", "## Limits", "", "Bounds are one-sided, each right with 95 % confidence.", ""]
