@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from anyquant.api import (
         Calibration,
+        Comparison,
         Contract,
         DropLimit,
         Recipe,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Calibration",
+    "Comparison",
     "Contract",
     "DropLimit",
     "Recipe",

@@ -7,6 +7,7 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from tempfile import gettempdir
+from typing import overload
 
 from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.errors import UnsupportedError, UsageError
@@ -18,9 +19,9 @@ from anyquant.grids import grid as find_grid
 from anyquant.grids import names as grid_names
 from anyquant.pipeline import artifacts
 from anyquant.pipeline.certificate import Reproduction
+from anyquant.pipeline.comparison import Comparison
 from anyquant.pipeline.cost import Planned, estimate
 from anyquant.pipeline.decoded import gguf_model
-from anyquant.pipeline.make import Maker
 from anyquant.pipeline.planner import draft_job
 from anyquant.pipeline.prepare import prepare
 from anyquant.pipeline.recipe import Calibration, Recipe, canonical, chosen, load_recipe
@@ -28,6 +29,7 @@ from anyquant.pipeline.report import Report
 from anyquant.pipeline.request import Bounds, Request
 from anyquant.pipeline.rows import Unweighted
 from anyquant.pipeline.sensitivity import Question, Sensitivity, refuse, sensitivities
+from anyquant.pipeline.several import make_one, make_several
 from anyquant.pipeline.statistics import gather
 from anyquant.pipeline.targets import Target, neutral, target_or_format
 from anyquant.pipeline.targets import target as find_target
@@ -113,11 +115,57 @@ def _default(goal: Target, recipe: Recipe) -> Recipe:
     return replace(recipe, preset=goal.default_preset)
 
 
+@overload
 def make(
     model: str | Path,
     *,
     out: str | Path,
-    target: str | None = None,
+    target: str | None = ...,
+    preset: str | None = ...,
+    grid: str | None = ...,
+    adapter: str | Path | None = ...,
+    quality: str | None = ...,
+    contract: Contract | None = ...,
+    recipe: Recipe | str | Path | None = ...,
+    text: str | Path | None = ...,
+    data_free: bool = ...,
+    overwrite: bool = ...,
+    threads: int | None = ...,
+    memory: int | None = ...,
+    budget: float | None = ...,
+    sensitivity: str | Path | None = ...,
+    progress: Progress | None = ...,
+) -> Report: ...
+
+
+@overload
+def make(
+    model: str | Path,
+    *,
+    out: str | Path,
+    target: list[str] | tuple[str, ...],
+    preset: str | None = ...,
+    grid: str | None = ...,
+    adapter: str | Path | None = ...,
+    quality: str | None = ...,
+    contract: Contract | None = ...,
+    recipe: Recipe | str | Path | None = ...,
+    text: str | Path | None = ...,
+    data_free: bool = ...,
+    overwrite: bool = ...,
+    threads: int | None = ...,
+    memory: int | None = ...,
+    budget: float | None = ...,
+    sensitivity: str | Path | None = ...,
+    progress: Progress | None = ...,
+) -> Comparison: ...
+
+
+def make(
+    model: str | Path,
+    *,
+    out: str | Path,
+    target: str | list[str] | tuple[str, ...] | None = None,
     preset: str | None = None,
     grid: str | None = None,
     adapter: str | Path | None = None,
@@ -132,7 +180,7 @@ def make(
     budget: float | None = None,
     sensitivity: str | Path | None = None,
     progress: Progress | None = None,
-) -> Report:
+) -> Report | Comparison:
     """Quantize `model` for `target`, verify and measure it there, and publish it with its report in `out`.
 
     What to do: `preset` or `grid` or `recipe`; none of them: the smallest mixture of the target's grids that keeps the
@@ -142,42 +190,55 @@ def make(
     quantized state is published. `adapter` is the folder of a LoRA that is merged into the weights first: the original
     is then the merged model.
 
+    A list of targets: each gets its artifact and report in `out`/TARGET, calibrated once and judged on the same text,
+    and `out` a report that compares them; `budget` is for all of them together.
+
     Raises subclasses of AnyQuantError. A contract that is not met is not an error here: see `Report.status`.
     """
     limits = with_quality(contract or Contract(), quality)
-    if limits.max_drop and target is None:
-        raise UsageError("--max-drop runs the artifact, and nothing runs the neutral state; name a target with --for")
     if limits.max_drop and adapter is not None:
         raise UsageError("--max-drop runs the original's folder, and with --adapter there is none of the merged model")
     if budget is not None and not (math.isfinite(budget) and budget > 0):
         raise UsageError(f"--budget is {budget:g}; give minutes, more than 0")
-    checkpoint = with_adapter(source_of(model_path(model)), adapter)
+    several = target is not None and not isinstance(target, str)
+    names: Sequence[str | None] = target if target is not None and not isinstance(target, str) else [target]
+    if several and (sensitivity is not None or not names):
+        what = "--sensitivity is the file of one target" if names else "no target is named"
+        raise UsageError(f"{what}; name one with --for")
     wish = _recipe(recipe, preset, grid, data_free, text)
-    goal = _target(target, wish)
-    choose = not _says_what(wish) and not limits.empty
-    if limits.max_drop and goal.schema_only:
-        raise UsageError(f"--max-drop runs the artifact, and nothing here runs one for {goal.name}")
-    if choose and goal.neutral:
-        raise UsageError("a quality needs a target to be measured in; name one with --for")
-    if not choose:
-        _refuse_idle(wish, budget, sensitivity)
-    if not choose and not _says_what(wish):
-        wish = _default(goal, wish)
     request = Request(
         location=str(model) if adapter is None else f"{model} + {adapter}",
-        checkpoint=checkpoint,
-        target=goal,
+        checkpoint=with_adapter(source_of(model_path(model)), adapter),
+        target=neutral(),
         recipe=wish,
         contract=limits,
-        choose=choose,
+        choose=not _says_what(wish) and not limits.empty,
         out=Path(out),
         overwrite=overwrite,
         threads=threads or cores(),
         memory=memory,
-        bounds=Bounds(None if budget is None else 60 * budget),
+        bounds=Bounds(None if budget is None else 60 * budget / len(names)),
         sensitivity=None if sensitivity is None else Path(sensitivity),
     )
-    return Maker(request, progress or Silent(), time.monotonic).make()
+    if not request.choose:
+        _refuse_idle(wish, budget, sensitivity)
+    requests = [_for_target(request, name) for name in names]
+    sink = progress or Silent()
+    return make_several(requests, sink, time.monotonic) if several else make_one(requests[0], sink, time.monotonic)
+
+
+def _for_target(request: Request, name: str | None) -> Request:
+    """The request for one target. Raises UsageError for what makes no sense there."""
+    goal, limits, recipe = _target(name, request.recipe), request.contract, request.recipe
+    if limits.max_drop and name is None:
+        raise UsageError("--max-drop runs the artifact, and nothing runs the neutral state; name a target with --for")
+    if limits.max_drop and goal.schema_only:
+        raise UsageError(f"--max-drop runs the artifact, and nothing here runs one for {goal.name}")
+    if request.choose and goal.neutral:
+        raise UsageError("a quality needs a target to be measured in; name one with --for")
+    if not request.choose and not _says_what(recipe):
+        recipe = _default(goal, recipe)
+    return replace(request, target=goal, recipe=recipe)
 
 
 def convert(
@@ -220,7 +281,7 @@ def convert(
         threads=threads or cores(),
         transcode=True,
     )
-    return Maker(request, progress or Silent(), time.monotonic).make()
+    return make_one(request, progress or Silent(), time.monotonic)
 
 
 def plan(
@@ -360,6 +421,7 @@ def run(
 
 __all__ = [
     "Calibration",
+    "Comparison",
     "Contract",
     "DropLimit",
     "Recipe",

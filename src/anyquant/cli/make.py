@@ -5,9 +5,9 @@ from typing import Any
 
 import click
 
-from anyquant.cli.options import bytes_of, contract_of, how_good, recipe_of, what_to_do, which_text
+from anyquant.cli.options import bytes_of, contract_of, how_good, recipe_of, targets_of, what_to_do, which_text
 from anyquant.cli.progress import TerminalProgress
-from anyquant.cli.tables import print_report
+from anyquant.cli.tables import print_comparison, print_report
 from anyquant.core.errors import ContractFailedError, InconclusiveError
 
 STATUS_CODES = {
@@ -35,25 +35,27 @@ def command(model: str, out: Path, force: bool, as_json: bool, quiet: bool, **fl
 
     MODEL is a local Hugging Face folder with safetensors, or "demo". Without --preset, --grid or --recipe, limits
     decide: the smallest mixture of grids within them is found, or the best within --max-size. Without limits, too, the
-    target's default preset is made.
+    target's default preset is made. Several targets: each in a folder of its own, compared in one report.
 
     \b
     anyquant make PATH --for llama.cpp --quality balanced -o OUT
     anyquant make PATH --for llama.cpp --max-size 4.0bpw --text mine.txt -o OUT
     anyquant make PATH --for llama.cpp --preset Q4_K_M --text mine.txt -o OUT
     anyquant make PATH --for vllm --grid int4-g128 -o OUT
+    anyquant make PATH --for vllm,mlx,llama.cpp --quality balanced -o OUT      (OUT/vllm, OUT/mlx, OUT/llama.cpp)
     anyquant make PATH --adapter LORA --for llama.cpp --preset Q4_K_M -o OUT
     anyquant make PATH --for llama.cpp --grid q3_k --algorithm gptq -o OUT
     anyquant make PATH --grid int4-g128 --algorithm "awq -> gptq" -o STATE     (the neutral state, for later formats)
     """
     from anyquant import api
+    from anyquant.pipeline.comparison import render_comparison
     from anyquant.pipeline.report import render_json
 
     with TerminalProgress(quiet) as progress:
         report = api.make(
             model,
             out=out,
-            target=flags["target"],
+            target=targets_of(flags["target"]),
             adapter=flags["adapter"],
             quality=flags["quality"],
             contract=contract_of(flags),
@@ -65,7 +67,12 @@ def command(model: str, out: Path, force: bool, as_json: bool, quiet: bool, **fl
             sensitivity=flags["sensitivity"],
             progress=progress,
         )
-    if as_json:
+    if isinstance(report, api.Comparison):
+        if as_json:
+            click.echo(render_comparison(report)["report.json"], nl=False)
+        else:
+            print_comparison(report, out)
+    elif as_json:
         click.echo(render_json(report), nl=False)
     else:
         print_report(report, out)

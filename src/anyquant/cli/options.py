@@ -25,7 +25,10 @@ adapter = click.option(
 )
 _WHAT = (
     click.option(
-        "--for", "target", metavar="TARGET", help="Where it must run: llama.cpp, transformers, vllm, mlx and others."
+        "--for",
+        "target",
+        metavar="TARGET[,TARGET]",
+        help="Where it must run: llama.cpp, transformers, vllm, mlx and others.",
     ),
     adapter,
     click.option("--preset", metavar="NAME", help="A named mixture of the target, e.g. Q4_K_M."),
@@ -74,7 +77,9 @@ _HOW_GOOD = (
         metavar="NAME=GRID",
         help="What the search must not change: attn_v=q6_k, blocks.0.*=q8_0. Repeatable.",
     ),
-    click.option("--budget", type=float, metavar="MINUTES", help="Time for the search; the best by then is certified."),
+    click.option(
+        "--budget", type=float, metavar="MINUTES", help="Time for all searches; the best by then is certified."
+    ),
     click.option(
         "--sensitivity",
         type=click.Path(path_type=Path),
@@ -144,6 +149,16 @@ def recipe_of(flags: dict[str, Any]) -> Recipe:
         if flags.get("imatrix") is not None:
             raise UsageError("--data-free and --imatrix exclude each other")
     return replace(recipe, **given, calibration=replace(recipe.calibration, **calibration))
+
+
+def targets_of(text: str | None) -> str | list[str] | None:
+    """One target, or the list of several. Raises UsageError for an empty name."""
+    if text is None or "," not in text:
+        return text
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise UsageError(f"--for {text}: a name is empty; write them as vllm,mlx,llama.cpp")
+    return names
 
 
 def _pin(text: str) -> tuple[str, str]:

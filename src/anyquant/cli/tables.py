@@ -13,6 +13,7 @@ from anyquant.evaluation.measures import Measures
 from anyquant.formats.certificate import KEY, OBJECT
 from anyquant.pipeline.artifacts import Contents
 from anyquant.pipeline.certificate import Reproduction
+from anyquant.pipeline.comparison import SHORT, Comparison, judged_on
 from anyquant.pipeline.cost import Planned
 from anyquant.pipeline.picture import human_bytes, kl_form
 from anyquant.pipeline.planner import chain_of
@@ -55,6 +56,29 @@ def print_report(report: Report, out: Path) -> None:
     if len(report.points) > 1:
         console.print(_points(report))
     console.print(_text(f"{out / report.artifact}   report: {out / 'report.html'}", style="dim"))
+
+
+def print_comparison(comparison: Comparison, out: Path) -> None:
+    """A line for each target."""
+    console = _console()
+    title = f"{comparison.first.model} for {len(comparison.reports)} targets: "
+    console.print(Text.assemble((one_line(title), "bold"), (comparison.status, STYLES[comparison.status])))
+    for sentence in (*comparison.sentences, judged_on(comparison)):
+        if sentence:
+            console.print(_text(sentence))
+    table = Table(box=None, header_style="dim")
+    for name in SHORT:
+        table.add_column(name, justify="left" if name in ("target", "verdict") else "right", no_wrap=True)
+    for target, status, *cells in (row[: len(SHORT)] for row in comparison.rows()):
+        table.add_row(_text(target), _text(status, STYLES[status]), *map(_text, cells))
+    console.print(table)
+    for target, report in comparison.reports.items():
+        for sentence in report.sentences if report.status in ("fail", "inconclusive") else ():
+            console.print(_text(f"{target}: {sentence}"))
+        for warning in report.warnings:
+            console.print(_text(f"{target}: warning: {warning}", "yellow"))
+    places = [f"{out / target / report.artifact}" for target, report in comparison.reports.items()]
+    console.print(_text(f"{'  '.join(places)}   report: {out / 'report.html'}", "dim"))
 
 
 def _points(report: Report) -> Table:

@@ -106,8 +106,9 @@ class Chooser:
     def _say_cost(self, splits: Splits, draws: int) -> None:
         """What the search will take, from what the reference logits of *select* took. No draws: the pass is spared."""
         bounds, tokens = self._request.bounds, token_count(splits.select)
-        once = self._watch.seconds["reference"]
-        asked = f"one sensitivity pass (about {2 + 2 * draws} runs over {tokens:,} tokens, of {once:.0f} s each), then "
+        once = self._watch.seconds.get("reference")  # None where the logits were there already
+        each = "" if once is None else f", of {once:.0f} s each"
+        asked = f"one sensitivity pass (about {2 + 2 * draws} runs over {tokens:,} tokens{each}), then "
         text = (
             f"search: {asked if draws else ''}at most {bounds.evaluations} artifacts made and measured on "
             f"{tokens:,} tokens, and one certified"

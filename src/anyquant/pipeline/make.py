@@ -1,9 +1,10 @@
-"""The main job: open, plan, calibrate, quantize, verify, measure in the runtime, judge, publish with a report."""
+"""The main job for one target: plan, calibrate, quantize, verify, measure in the runtime, judge, publish."""
 
 import resource
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +37,7 @@ from anyquant.pipeline.report import Report
 from anyquant.pipeline.request import Request
 from anyquant.pipeline.search import Found
 from anyquant.pipeline.selection import Selection, point_of
+from anyquant.pipeline.shared import Shared
 from anyquant.pipeline.staged import Room
 from anyquant.pipeline.statistics import IMATRIX, refuse_imatrix
 from anyquant.pipeline.targets import expect_libraries
@@ -79,11 +81,15 @@ class Finished:
 
 
 class Maker:
-    """One run of the main job. The steps are methods in the order in which they happen."""
+    """One run of the main job. The steps are methods in the order in which they happen.
 
-    def __init__(self, request: Request, progress: Progress, clock: Callable[[], float]) -> None:
+    `shared` is what runs for other targets of the same source have made already.
+    """
+
+    def __init__(self, request: Request, progress: Progress, clock: Callable[[], float], shared: Shared) -> None:
         self.request = request
         self.progress = progress
+        self.shared = shared
         self.watch = Watch(clock)
         self.rules: Rules = rules(request.target.format)
         self.backend = backend_for(request.target, request.threads, progress, clock)
@@ -96,47 +102,54 @@ class Maker:
         asked = request.choose or request.contract.needs_measures or request.transcode
         self.measuring = not calibration.data_free or calibration.text is not None or asked
         self.importance = not calibration.data_free
-        self.meter = Meter(contract.max_drop, Path(request.checkpoint.location), self.original, request.threads)
+        self.meter = shared.once("meter", self._meter)
         self.evidence = _Evidence()
         self.warnings: list[str] = []
         self.proofs: list[float] = []
 
-    def make(self) -> Report:
-        """Run everything. Nothing is visible under the final name unless it was verified.
+    def _meter(self) -> Meter:
+        request = self.request
+        return Meter(request.contract.max_drop, Path(request.checkpoint.location), self.original, request.threads)
+
+    def plan(self) -> Job:
+        """What is asked for; the target's default where the contract is to choose. All refusals come here."""
+        self._refuse_input_as_output()
+        planned = self._planned()
+        if self.measuring:
+            expect_libraries(self.request.target.libraries)
+        return planned
+
+    def make(self, planned: Job, stage: Stage) -> Report:
+        """Run everything that was `planned` in a new `stage`, and publish it; nothing is visible before it is verified.
 
         Raises AnyQuantError (a subclass with its exit code) when the job cannot be done; a contract that is not met is
         not an exception: the artifact and its report are published and the report's status says so.
         """
         request = self.request
-        self._refuse_input_as_output()
-        planned = self._planned()
-        if self.measuring:
-            expect_libraries(request.target.libraries)
-        with Stage(request.out, request.overwrite, needed=planned.layout.nbytes) as stage:
-            splits, tokenizer = self._texts()
-            self.meter.take_baselines((SELECT, CERTIFY) if request.choose else (CERTIFY,), self.progress)
-            self._settle_transforms()
-            self._prove_transforms(planned, splits)
-            documents = None if splits is None or not self.importance else splits.calibrate
-            room = Room(request.memory, request.out)
-            quantizer = Quantizer(documents, room, _versions(), self.progress, request.transcode)
-            with quantizer:
-                finished = self._write(planned, stage, splits, quantizer)
-                quantizer.keep_imatrix(stage.folder / IMATRIX, finished.job)
-                if splits is not None and tokenizer is not None:
-                    self._certify(finished.job, stage, splits, tokenizer)
-                size, drops = finished.job.layout.nbytes, self.evidence.drops
-                verdict = judge(self.evidence.measures, request.contract, size, drops)
-                finished = self._sealed(finished, verdict, splits, stage)
-                report = self._report(finished, verdict, splits)
-                for name, text in (
-                    ("report.json", reporting.render_json(report)),
-                    ("report.md", reporting.render_markdown(report)),
-                    ("report.html", reporting.render_html(report)),
-                ):
-                    stage.write_file(name, text.encode())
-                stage.publish(finished.verified.hashes)
-                quantizer.remove()
+        splits, tokenizer = self._texts()
+        self.meter.take_baselines((SELECT, CERTIFY) if request.choose else (CERTIFY,), self.progress)
+        self._settle_transforms()
+        self._prove_transforms(planned, splits)
+        documents = None if splits is None or not self.importance else splits.calibrate
+        room = Room(request.memory, request.out)
+        quantizer = self.shared.quantizing(
+            lambda: Quantizer(documents, room, _versions(), self.progress, request.transcode)
+        )
+        finished = self._write(planned, stage, splits, quantizer)
+        quantizer.keep_imatrix(stage.folder / IMATRIX, finished.job)
+        if splits is not None and tokenizer is not None:
+            self._certify(finished.job, stage, splits, tokenizer)
+        size, drops = finished.job.layout.nbytes, self.evidence.drops
+        verdict = judge(self.evidence.measures, request.contract, size, drops)
+        finished = self._sealed(finished, verdict, splits, stage)
+        report = self._report(finished, verdict, splits)
+        for name, text in (
+            ("report.json", reporting.render_json(report)),
+            ("report.md", reporting.render_markdown(report)),
+            ("report.html", reporting.render_html(report)),
+        ):
+            stage.write_file(name, text.encode())
+        stage.publish(finished.verified.hashes)
         return report
 
     def _refuse_input_as_output(self) -> None:
@@ -148,7 +161,6 @@ class Maker:
                 raise OutputError(f"{self.request.out} lies inside the model's folder {source}; choose another -o")
 
     def _planned(self) -> Job:
-        """What is asked for; the target's default where the contract is to choose. All refusals come here."""
         request = self.request
         recipe = request.recipe
         if request.choose:
@@ -165,11 +177,15 @@ class Maker:
         if not self.measuring:
             self.progress.say("data-free and no limit: nothing is measured; give --text to measure the artifact")
             return None, None
+        if self.request.recipe.calibration.text is None and self.request.location != "demo":
+            self.warnings.append(DEFAULT_TEXT_WARNING)
+        return self.shared.once("texts", self._loaded_texts)
+
+    def _loaded_texts(self) -> tuple[Splits, Tokenizer]:
+        for warning in self.warnings:
+            self.progress.say(f"warning: {warning}")
         tokenizer = source_tokenizer(self.request.checkpoint)
         calibration = self.request.recipe.calibration
-        if calibration.text is None and self.request.location != "demo":
-            self.warnings.append(DEFAULT_TEXT_WARNING)
-            self.progress.say(f"warning: {DEFAULT_TEXT_WARNING}")
         context = usable_context(calibration.context, self.original)
         if context < calibration.context:
             self.progress.say(f"documents have {context} tokens at most, which is what this model takes")
@@ -196,33 +212,32 @@ class Maker:
         )
         job = planned
         if self.request.choose and splits is not None:
-            job = self._chosen(stage, splits, selection, quantizer)
+            job = self._chosen(splits, selection, quantizer)
         quantized = selection.bring(job)
         self.evidence.points = tuple(selection.points)
         with self.watch.stage("verify"):
             return Finished(quantized, self.backend.verify(quantized, stage))
 
-    def _chosen(self, stage: Stage, splits: Splits, selection: Selection, quantizer: Quantizer) -> Job:
+    def _chosen(self, splits: Splits, selection: Selection, quantizer: Quantizer) -> Job:
         """The job that the contract asks for; all that was tried is in the evidence."""
+        known = self.shared.plans.get(self.rules.name)
+        if known is not None:
+            recipe, target = known
+            self.evidence.sentences = (
+                f"The plan is the one that was found for {target}, which loads the same format.",
+            )
+            return make_job(self.model, self.rules, recipe, self.importance)
         chooser = Chooser(self.request, self.model, self.rules, self.watch, self.progress)  # time counts from here
-        with self.watch.stage("reference"):
-            reference = self._reference(splits.select, stage)
-        try:
+        with self._reference(splits.select) as reference:
             found = chooser.choose(splits, reference, selection, quantizer)
-        finally:
-            reference.close()
         self.evidence.sentences, self.evidence.frontier = (found.reason,), found.frontier
+        self.shared.plans[self.rules.name] = found.job.recipe, self.request.target.name
         return found.job
 
     def _certify(self, job: Job, stage: Stage, splits: Splits, tokenizer: Tokenizer) -> None:
         """Once, on text that nothing has seen: loss, conversion error, speed."""
-        with self.watch.stage("reference"):
-            reference = self._reference(splits.certify, stage)
-        try:
-            with self.watch.stage("certify"):
-                measures = self.backend.measure(job, stage, reference, "certify")
-        finally:
-            reference.close()
+        with self._reference(splits.certify) as reference, self.watch.stage("certify"):
+            measures = self.backend.measure(job, stage, reference, "certify")
         self.evidence.measures = measures
         self.evidence.drops = self._drops(job, stage, CERTIFY)
         found = Found(measures, self.evidence.drops)
@@ -250,9 +265,15 @@ class Maker:
         unmeasured = self.evidence.measures is None and self.request.contract.empty
         return "unmeasured" if unmeasured else verdict.status.value
 
-    def _reference(self, documents: Sequence[Document], stage: Stage) -> ReferenceLogits:
-        runtime = TransformersRuntime(self.request.checkpoint, self.original)
-        return ReferenceLogits(runtime, documents, stage.folder.parent, self.progress)
+    def _reference(self, documents: Sequence[Document]) -> AbstractContextManager[ReferenceLogits]:
+        """The original's logits of the documents, beside the output."""
+
+        def compute() -> ReferenceLogits:
+            runtime, folder = TransformersRuntime(self.request.checkpoint, self.original), self.request.out.absolute()
+            with self.watch.stage("reference"):
+                return ReferenceLogits(runtime, documents, folder.parent, self.progress)
+
+        return self.shared.reference(documents, compute)
 
     def _sentences(self, verdict: Verdict, quantized: Quantized) -> tuple[str, ...]:
         measured = self.evidence.measures is not None

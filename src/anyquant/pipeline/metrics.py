@@ -34,7 +34,8 @@ class Meter:
 
         Raises UsageError for a metric that throws, is not deterministic or gives values that are not finite.
         """
-        if not self.metrics:
+        splits = [split for split in splits if any((one.name, split) not in self._baselines for one in self.metrics)]
+        if not splits:
             return
         with HuggingFaceRuntime().load(self._original, self.context, self._threads) as session:
             for metric in self.metrics:

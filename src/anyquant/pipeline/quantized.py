@@ -9,6 +9,7 @@ from pathlib import Path
 from anyquant import __version__
 from anyquant.calibrate.stats import Statistics
 from anyquant.calibrate.text import Document, digest
+from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.errors import AnyQuantError, BadInputError, UnsupportedError, UsageError
 from anyquant.core.progress import Progress
 from anyquant.pipeline.activations import needs_maximum
@@ -47,7 +48,7 @@ class Quantized:
 
 
 class Quantizer:
-    """`with Quantizer(...) as quantizer:` chooses the values of jobs. Statistics are collected once for all of them.
+    """`with Quantizer(...) as quantizer:` chooses the values of jobs. Statistics of a model are collected once.
 
     `documents` is None for a data-free run. `versions` of the libraries tell runs apart. A staged job works in a hidden
     folder beside the output `room.out`, one for each set of options; it stays when the run ends early, and `remove`
@@ -64,7 +65,7 @@ class Quantizer:
     ) -> None:
         self._transcode = transcode
         self._documents, self._room, self._versions, self._progress = documents, room, versions, progress
-        self._gathered: Statistics | None = None
+        self._gathered: tuple[Checkpoint, Statistics] | None = None
         self._last: Statistics | None = None
         self._earlier: list[Path] = []
         self._told = False
@@ -106,11 +107,12 @@ class Quantizer:
         """What steers the rounding of a job that is not staged: statistics of the float model, or nothing."""
         if self._documents is None:
             return Unweighted()
-        if self._gathered is None:
+        if self._gathered is None or self._gathered[0] is not job.checkpoint:
             calibration = job.recipe.calibration
-            self._gathered = gather(job.checkpoint, job.architecture, calibration, self._documents, self._progress)
-        self._last = self._gathered
-        return self._gathered
+            found = gather(job.checkpoint, job.architecture, calibration, self._documents, self._progress)
+            self._gathered = job.checkpoint, found
+        self._last = self._gathered[1]
+        return self._last
 
     def keep_imatrix(self, path: Path, job: Job) -> None:
         """Write the statistics of the job as llama.cpp's importance file, where the recipe asks for it."""

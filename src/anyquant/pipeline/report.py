@@ -142,16 +142,21 @@ class Report:
 def _environment() -> Any:
     """Templates escape everything by default: names inside a checkpoint are not ours."""
     jinja2 = require("jinja2")
+    folder = files("anyquant.pipeline") / "templates"
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["bytes"] = human_bytes
     return environment
 
 
-def _template(name: str) -> Any:
-    source = (files("anyquant.pipeline") / "templates" / name).read_text(encoding="utf-8")
-    return _environment().from_string(source)
+def template(name: str) -> Any:
+    """A page's template; it may include others of the folder."""
+    return _environment().get_template(name)
 
 
 def render_html(report: Report) -> str:
@@ -159,31 +164,33 @@ def render_html(report: Report) -> str:
     provenance = {
         name: getattr(report, name) for name in ("contract", "recipe", "data", "versions", "hashes", "anyquant")
     }
-    page: str = _template("report.html").render(
+    page: str = template("report.html").render(
         report=report,
         pictures=report.pictures(),
         rows=summary_rows(report),
         deployment=() if report.deployment is None else deployment_rows(report.deployment),
         provenance=json.dumps(plain(provenance), indent=1, ensure_ascii=False),
     )
-    return _encodable(page)
+    return encodable(page)
 
 
-def _safe(text: object) -> str:
+def markdown_text(text: object) -> str:
     """Text that Markdown shows as it is: names inside a checkpoint may look like tags, links and table borders."""
     flat = " ".join(str(text).splitlines()).replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"([\\|`\[\]])", r"\\\1", flat)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """Its lines."""
     return [
         "| " + " | ".join(head) + " |",
         "|" + "|".join("---" for _ in head) + "|",
-        *("| " + " | ".join(_safe(cell) for cell in row) + " |" for row in rows),
+        *("| " + " | ".join(markdown_text(cell) for cell in row) + " |" for row in rows),
     ]
 
 
-def _interval(value: tuple[float, float, float], scale: float = 1.0, form: str = ".5f") -> str:
+def interval(value: tuple[float, float, float], scale: float = 1.0, form: str = ".5f") -> str:
+    """A value with its interval, times `scale`."""
     middle, low, high = (format(v * scale, form) for v in value)
     return f"{middle} ({low} to {high})"
 
@@ -207,13 +214,13 @@ def summary_rows(report: Report) -> list[tuple[str, str]]:
     ]
     if report.loss is not None:
         loss = report.loss
-        change = _interval(loss.perplexity_increase, 100, "+.2f")
+        change = interval(loss.perplexity_increase, 100, "+.2f")
         text = report.data.get("text", "")
         rows += [
             ("judged on", f"{loss.documents} documents, {loss.tokens:,} tokens of {text}; in brackets 95 % intervals"),
-            ("mean KL", f"{_interval(loss.mean_kl, form=kl_form(loss.mean_kl[0]))} nats"),
+            ("mean KL", f"{interval(loss.mean_kl, form=kl_form(loss.mean_kl[0]))} nats"),
             ("99.9 % KL", f"{loss.kl_99_9:.4f} nats"),
-            ("same top token", _interval(loss.same_top, 100, ".2f") + " %"),
+            ("same top token", interval(loss.same_top, 100, ".2f") + " %"),
             (
                 "perplexity",
                 f"{loss.perplexity:.3f}, original {loss.reference_perplexity:.3f}, {change} %",
@@ -247,19 +254,19 @@ def deployment_rows(advice: Deployment) -> list[tuple[str, str]]:
 
 def render_markdown(report: Report) -> str:
     """The report as a page for a repository or a model card."""
-    lines = [f"# {_safe(report.label)} for {_safe(report.target)}: {report.status}", ""]
-    lines += [f"- {_safe(sentence)}" for sentence in report.sentences]
-    lines += [f"- warning: {_safe(warning)}" for warning in report.warnings]
-    lines += ["", *_table(("", ""), summary_rows(report))]
+    lines = [f"# {markdown_text(report.label)} for {markdown_text(report.target)}: {report.status}", ""]
+    lines += [f"- {markdown_text(sentence)}" for sentence in report.sentences]
+    lines += [f"- warning: {markdown_text(warning)}" for warning in report.warnings]
+    lines += ["", *markdown_table(("", ""), summary_rows(report))]
     if report.points:
         lines += ["", "## Measured on the way", ""]
-        lines += _table(
+        lines += markdown_table(
             ("what", "bytes", "mean KL", "95 % interval", "text", "made of"),
             [(p.label, f"{p.nbytes:,}", *p.shown, p.text, p.detail) for p in report.points],
         )
     if report.limits:
         lines += ["", "## Limits", "", "Bounds are one-sided, each right with 95 % confidence.", ""]
-        lines += _table(
+        lines += markdown_table(
             ("limit", "at", "measured", "lower bound", "upper bound", "verdict"),
             [
                 (
@@ -272,14 +279,14 @@ def render_markdown(report: Report) -> str:
         )
     if report.deployment is not None:
         lines += ["", "## Deployment", "", "Inside the output folder:", "", f"    {report.deployment.command}"]
-        lines += ["", *_table(("", ""), deployment_rows(report.deployment))]
+        lines += ["", *markdown_table(("", ""), deployment_rows(report.deployment))]
     lines += ["", "## Where the bytes went", ""]
-    lines += _table(
+    lines += markdown_table(
         ("grid", "tensors", "source bytes", "artifact bytes"),
         [(name, count, f"{a:,}", f"{b:,}") for name, count, a, b in report.grids()],
     )
     lines += ["", "## Ledger", ""]
-    lines += _table(
+    lines += markdown_table(
         ("tensor", "source", "asked for", "applied", "algorithm", "bytes", "relative error", "why"),
         [
             (
@@ -295,15 +302,18 @@ def render_markdown(report: Report) -> str:
             for line in report.ledger.lines
         ],
     )
-    lines += [f"- unused: {_safe(name)} ({nbytes:,} bytes): {_safe(why)}" for name, nbytes, why in report.ledger.unused]
+    lines += [
+        f"- unused: {markdown_text(name)} ({nbytes:,} bytes): {markdown_text(why)}"
+        for name, nbytes, why in report.ledger.unused
+    ]
     if report.notes:
-        lines += ["", "## Notes", "", *(f"- {_safe(note)}" for note in report.notes)]
-    return _encodable("\n".join(lines) + "\n")
+        lines += ["", "## Notes", "", *(f"- {markdown_text(note)}" for note in report.notes)]
+    return encodable("\n".join(lines) + "\n")
 
 
 def render_json(report: Report) -> str:
     """Strict JSON: a figure that is not finite is null."""
-    return _encodable(json.dumps(plain(report.as_dict()), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    return encodable(json.dumps(plain(report.as_dict()), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def plain(value: Any) -> Any:
@@ -315,6 +325,6 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _encodable(text: str) -> str:
+def encodable(text: str) -> str:
     """File names that are not Unicode reach Python as lone surrogates, which UTF-8 does not hold."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

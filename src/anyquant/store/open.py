@@ -5,7 +5,7 @@ from pathlib import Path
 from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.errors import BadInputError, UnsupportedError
 from anyquant.store.gguf import GGUFFile
-from anyquant.store.manifest import read_manifest
+from anyquant.store.manifest import MANIFEST, read_manifest
 from anyquant.store.safetensors import INDEX, SafetensorsCheckpoint
 from anyquant.store.state import ENTRIES, PLAN
 from anyquant.store.system import SYSTEM, System
@@ -70,6 +70,9 @@ def _open_folder(folder: Path, system: System) -> Checkpoint:
     for suffix in PICKLED:
         if suffix in found:
             raise _pickled(found[suffix][0])
+    inside = [child for children in found.values() for child in children if (child / MANIFEST).is_file()]
+    if inside:
+        raise BadInputError(f"{folder}: holds several artifacts; name one of them: {', '.join(map(str, inside))}")
     raise BadInputError(f"{folder}: holds no weights (*.safetensors or *.gguf)")
 
 
