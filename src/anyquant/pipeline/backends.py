@@ -54,6 +54,10 @@ class Backend(Protocol):
         """The artifact's distributions against the reference's."""
         ...
 
+    def select(self, job: Job, stage: Stage, reference: ReferenceLogits, label: str) -> Measures:
+        """The same for a choice among many, where the runtime may be too slow to be asked."""
+        ...
+
     def open(self, job: Job, stage: Stage, context: int) -> Session:
         """The artifact in its runtime, for sequences of up to `context` tokens. Raises UsageError without a runtime."""
         ...
@@ -83,6 +87,14 @@ class FormatBackend:
         statistics = quantized.statistics
         return verify(quantized.job, stage.folder, self._written, statistics, self.threads, self.progress)
 
+    def _decoded(self, job: Job, stage: Stage, reference: ReferenceLogits, label: str) -> Measures:
+        """`transformers` running the weights decoded from the artifact's bytes."""
+        decoded = writable(job).open(stage.folder, job.architecture)
+        rounding = rounded_inputs(job.architecture, job.plan, self._maxima)
+        runtime = TransformersRuntime(decoded, job.architecture, job.checkpoint.config, rounding)
+        ids = [document.tokens for document in reference.documents]
+        return compare(runtime.logits(ids, self.progress), reference, Silent(), label)
+
 
 class RuntimeBackend(FormatBackend):
     """A format, and the real runtime that opens it."""
@@ -96,6 +108,12 @@ class RuntimeBackend(FormatBackend):
     def measure(self, job: Job, stage: Stage, reference: ReferenceLogits, label: str) -> Measures:
         with self.open(job, stage, _longest(reference.documents)) as session:
             return compare(answers(session, reference.documents), reference, self.progress, label)
+
+    def select(self, job: Job, stage: Stage, reference: ReferenceLogits, label: str) -> Measures:
+        """In the runtime, but for one that is slow here and exact: `prove` compares it with the decoded weights."""
+        if self.target.search == "decoded":
+            return self._decoded(job, stage, reference, label)
+        return self.measure(job, stage, reference, label)
 
     def open(self, job: Job, stage: Stage, context: int) -> Session:
         """As its users have it: the loss is that of weights and key-value cache together."""
@@ -141,11 +159,10 @@ class SchemaBackend(FormatBackend):
         self.target = target
 
     def measure(self, job: Job, stage: Stage, reference: ReferenceLogits, label: str) -> Measures:
-        decoded = writable(job).open(stage.folder, job.architecture)
-        rounding = rounded_inputs(job.architecture, job.plan, self._maxima)
-        runtime = TransformersRuntime(decoded, job.architecture, job.checkpoint.config, rounding)
-        ids = [document.tokens for document in reference.documents]
-        return compare(runtime.logits(ids, self.progress), reference, Silent(), label)
+        return self._decoded(job, stage, reference, label)
+
+    def select(self, job: Job, stage: Stage, reference: ReferenceLogits, label: str) -> Measures:
+        return self._decoded(job, stage, reference, label)
 
     def open(self, job: Job, stage: Stage, context: int) -> Session:
         raise UsageError(f"--max-drop runs the artifact, and nothing here runs one for {self.target.name}")
@@ -178,6 +195,9 @@ class StateBackend:
         rounding = rounded_inputs(job.architecture, job.plan, activation_maxima(stage.folder))
         candidates = TransformersRuntime(weights, job.architecture, rounding=rounding).logits(ids, self.progress)
         return compare(candidates, reference, Silent(), label)
+
+    def select(self, job: Job, stage: Stage, reference: ReferenceLogits, label: str) -> Measures:
+        return self.measure(job, stage, reference, label)
 
     def open(self, job: Job, stage: Stage, context: int) -> Session:
         raise UsageError("--max-drop runs the artifact, and nothing runs the neutral state; name a target with --for")

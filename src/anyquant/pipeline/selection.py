@@ -48,7 +48,7 @@ class Selection:
         """Make its artifact and measure it against the `reference`, whose documents are those of *select*."""
         made = self.bring(job).job
         with self._watch.stage("select"):
-            measures = self._backend.measure(made, self._stage, reference, f"select {label}")
+            measures = self._backend.select(made, self._stage, reference, f"select {label}")
         found = Found(measures, self._drops(made, SELECT))
         self.points.append(point_of(job, found, label))
         return found

@@ -23,7 +23,8 @@ class Target:
 
     `libraries` are those that the proof needs. `exact_grids`: grids on which the runtime computes exactly, without
     rounding activations, or patterns of their names. `serve`: how a server is started, with
-    {artifact}, {context} and {cache}; or "".
+    {artifact}, {context} and {cache}; or "". `search` is "decoded" where choices are compared by their decoded weights,
+    because the runtime is slow here.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Target:
     libraries: tuple[str, ...]
     note: str
     serve: str = ""
+    search: str = ""
 
     @property
     def schema_only(self) -> bool:
@@ -67,6 +69,7 @@ def targets() -> dict[str, Target]:
             libraries=tuple(row["libraries"]),
             note=row["note"],
             serve=row["serve"],
+            search=row.get("search", ""),
         )
         for name, row in table["engine"].items()
     }
