@@ -1,6 +1,7 @@
 """What was made of one model for several targets, side by side: JSON, Markdown and one HTML page."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -100,7 +101,7 @@ def _row(target: str, report: Report) -> tuple[str, ...]:
         f"{report.bits_per_weight:.2f}",
         *measured,
         "" if conversion is None else f"{conversion.mean_kl:.1e}",
-        report.proof.partition(":")[0],
+        re.split("[:,]", report.proof)[0],
     )
 
 
