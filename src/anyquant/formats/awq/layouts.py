@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from anyquant.core.dtypes import Bytes, to_float32
-from anyquant.core.errors import UnsupportedError
 from anyquant.core.qtensor import QTensor
-from anyquant.formats.folder.modules import Along, Stored
+from anyquant.formats.folder.modules import Along, Stored, refuse_reordered
 from anyquant.formats.folder.packing import pack_bits, unpack_bits
 from anyquant.formats.gptq.layouts import (
     LONG_RUNS,
@@ -60,8 +59,7 @@ class PackedOutputs:
 
     def pack(self, rows: QTensor, shape: tuple[int, int]) -> Sequence[Bytes]:
         """Raises UnsupportedError for scales that float16 cannot hold, and for reordered columns."""
-        if rows.column_groups is not None:
-            raise UnsupportedError("AWQ has no place for reordered columns (act-order); GPTQ has")
+        refuse_reordered(rows, "AWQ")
         return [
             _interleaved(transposed(unsigned(rows, self.name))),
             _interleaved(transposed(zero_points(rows, self.name))),

@@ -21,10 +21,11 @@ from anyquant.core.dtypes import Bytes, Float32, from_float32, to_float32
 from anyquant.core.errors import BadInputError, UnsupportedError
 from anyquant.core.grid import Grid
 from anyquant.core.qtensor import QTensor
-from anyquant.formats.folder.modules import FLOATS, Along, ModuleLayout, Stored
+from anyquant.formats.folder.modules import FLOATS, Along, ModuleLayout, Stored, refuse_reordered
 from anyquant.formats.folder.packing import pack_bits, packed_words, to_words, unpack_bits
 from anyquant.grids import grid as find_grid
 
+NAME = "compressed-tensors"  # which has no order of columns since 0.18
 INTEGER = re.compile(r"int([2-8])-(?:g(\d+)|(channel|tensor))(-asym)?(-f16)?")
 FP8 = re.compile(r"fp8_e4m3-(tensor|channel|block)")
 PLAIN = ":plain"  # behind the name of an integer grid: one byte each
@@ -115,7 +116,7 @@ class IntegerLayout:
         }
 
     def _biased(self, rows: QTensor) -> Bytes:
-        refuse_reordered(rows)
+        refuse_reordered(rows, NAME)
         if self.asymmetric:
             return rows.codes
         return (rows.codes.astype(np.int16) + (1 << (self.bits - 1))).astype(np.uint8)
@@ -145,7 +146,7 @@ class PlainIntegerLayout:
         return [Stored("weight", "I8", (rows, columns)), Stored("weight_scale", SCALES[self.half], shape, along)]
 
     def pack(self, rows: QTensor, shape: tuple[int, int]) -> Sequence[Bytes]:
-        refuse_reordered(rows)
+        refuse_reordered(rows, NAME)
         codes = np.ascontiguousarray(rows.codes, dtype=np.int8)
         return [codes.view(np.uint8), scale_bytes(rows.params["scale"], self.half)]
 
@@ -289,12 +290,6 @@ def scale_bytes(values: Float32, half: bool) -> Bytes:
         kind = "float16" if half else "bfloat16"
         raise UnsupportedError(f"a scale of the grid is not a {kind} number; compressed-tensors cannot hold it so")
     return stored
-
-
-def refuse_reordered(rows: QTensor) -> None:
-    """Raise UnsupportedError for columns whose groups do not follow each other: the library has none since 0.18."""
-    if rows.column_groups is not None:
-        raise UnsupportedError("compressed-tensors has no place for reordered columns (g_idx)")
 
 
 def layout(name: str) -> Layout:

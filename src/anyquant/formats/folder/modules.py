@@ -123,6 +123,12 @@ class FloatLayout:
         return QTensor(grid, (rows, shape[1]), codes, {})
 
 
+def refuse_reordered(rows: QTensor, name: str) -> None:
+    """Raise UnsupportedError for columns in groups that do not follow each other, which `name` does not have."""
+    if rows.column_groups is not None:
+        raise UnsupportedError(f"{name} has no place for reordered columns (act-order); quantize without")
+
+
 def narrowed(raw: Bytes, dtype: str, name: str) -> Bytes:
     """The bytes of float32 values as those of `dtype`. Raises UnsupportedError for a value that it does not hold."""
     values = np.ascontiguousarray(raw).reshape(-1).view(np.float32)

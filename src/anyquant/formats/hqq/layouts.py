@@ -14,7 +14,7 @@ import numpy.typing as npt
 from anyquant.core.dtypes import DTYPES, Bytes, Float32, from_float32, to_float32
 from anyquant.core.errors import UnsupportedError
 from anyquant.core.qtensor import QTensor
-from anyquant.formats.folder.modules import FLOATS, Along, Stored
+from anyquant.formats.folder.modules import FLOATS, Along, Stored, refuse_reordered
 from anyquant.grids import grid as find_grid
 
 INTEGER = re.compile(r"int([234568])-(?:g(\d+)|(channel))(-asym)?(-f16)?")
@@ -113,8 +113,7 @@ class GroupLayout:
 
     def pack(self, rows: QTensor, shape: tuple[int, int]) -> Sequence[Bytes]:
         """Raises UnsupportedError for parameters that the stored type does not hold."""
-        if rows.column_groups is not None:
-            raise UnsupportedError("HQQ has no place for reordered columns")
+        refuse_reordered(rows, "HQQ")
         if self.packing.parts > 1 and rows.shape[0] != shape[0]:
             raise UnsupportedError(f"HQQ packs {self.bits} bits of a whole matrix, and these are some of its rows")
         group, middle = self.group or shape[1], 1 << (self.bits - 1)

@@ -20,7 +20,7 @@ import numpy as np
 from anyquant.core.dtypes import Bytes, Float32
 from anyquant.core.errors import UnsupportedError
 from anyquant.core.qtensor import QTensor
-from anyquant.formats.folder.modules import FLOATS, OWN, Stored
+from anyquant.formats.folder.modules import FLOATS, OWN, Stored, refuse_reordered
 from anyquant.formats.folder.packing import pack_bits, unpack_bits
 from anyquant.grids import grid as find_grid
 
@@ -63,7 +63,7 @@ class AffineLayout(MlxLayout):
         return _affine(self._words(rows, columns), (rows, columns // self.group), OWN)
 
     def pack(self, rows: QTensor, shape: tuple[int, int]) -> Sequence[Bytes]:
-        _refuse_reordered(rows)
+        refuse_reordered(rows, "mlx")
         return [pack_bits(rows.codes, self.bits), _raw(rows.params["scale"]), _raw(rows.params["bias"])]
 
     def unpack(self, raw: Sequence[Bytes], rows: int, shape: tuple[int, int]) -> QTensor:
@@ -93,7 +93,7 @@ class IntegerLayout(MlxLayout):
 
     def pack(self, rows: QTensor, shape: tuple[int, int]) -> Sequence[Bytes]:
         """Raises UnsupportedError for scales of more bits than the grid's own search gives them."""
-        _refuse_reordered(rows)
+        refuse_reordered(rows, "mlx")
         scale = rows.params["scale"]
         zero = rows.params["zero"].astype(np.float32) if self.asymmetric else np.float32(self._middle)
         bias = -(scale * zero)
@@ -123,7 +123,7 @@ class SmallFloatLayout(MlxLayout):
 
     def pack(self, rows: QTensor, shape: tuple[int, int]) -> Sequence[Bytes]:
         """Raises UnsupportedError for NVFP4 with a scale of the whole tensor."""
-        _refuse_reordered(rows)
+        refuse_reordered(rows, "mlx")
         whole = rows.params.get("global_scale")
         if whole is not None and (whole != 1).any():
             raise UnsupportedError(
@@ -172,9 +172,3 @@ def _raw(values: Float32) -> Bytes:
 def _values(raw: Bytes, rows: int) -> Float32:
     found: Float32 = raw.reshape(-1).view(np.float32).reshape(rows, -1)
     return found
-
-
-def _refuse_reordered(rows: QTensor) -> None:
-    """Raise UnsupportedError for columns in groups that do not follow each other."""
-    if rows.column_groups is not None:
-        raise UnsupportedError("mlx has no place for reordered columns (act-order); quantize without")

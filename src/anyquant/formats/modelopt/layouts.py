@@ -17,8 +17,8 @@ from anyquant.core.errors import BadInputError, UnsupportedError
 from anyquant.core.qtensor import QTensor
 from anyquant.formats.folder.extra import Extra
 from anyquant.formats.folder.integers import Int8Layout, finite_scales
-from anyquant.formats.folder.minifloat import NvLayout, ScaledLayout, refuse_reordered
-from anyquant.formats.folder.modules import FLOATS, Along, ModuleLayout, Stored
+from anyquant.formats.folder.minifloat import NvLayout, ScaledLayout
+from anyquant.formats.folder.modules import FLOATS, Along, ModuleLayout, Stored, refuse_reordered
 from anyquant.grids import grid as find_grid
 
 INTEGER = re.compile(r"int4-g(\d+)")
@@ -50,7 +50,7 @@ class Int4Layout:
         ]
 
     def pack(self, rows: QTensor, shape: tuple[int, int]) -> Sequence[Bytes]:
-        refuse_reordered(rows)
+        refuse_reordered(rows, "modelopt")
         low, high = (rows.codes[start::2].view(np.uint8) & np.uint8(15) for start in (0, 1))
         scale = np.ascontiguousarray(rows.params["scale"], dtype="<f4")
         return [low | high << np.uint8(4), scale.view(np.uint8), *(extra.bytes(shape) for extra in self.extras)]

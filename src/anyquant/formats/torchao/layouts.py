@@ -14,7 +14,7 @@ import numpy as np
 from anyquant.core.dtypes import Bytes, from_float32, to_float32
 from anyquant.core.errors import BadInputError, UnsupportedError
 from anyquant.core.qtensor import QTensor
-from anyquant.formats.folder.modules import FLOATS, Stored
+from anyquant.formats.folder.modules import FLOATS, Stored, refuse_reordered
 from anyquant.grids import grid as find_grid
 
 INTEGER = re.compile(r"int([2-8])-(?:g(\d+)|(channel))(-asym)?(-f16)?(?::(f32|f16|bf16))?")
@@ -55,8 +55,7 @@ class ByteLayout:
 
     def pack(self, rows: QTensor, shape: tuple[int, int]) -> Sequence[Bytes]:
         """Raises UnsupportedError for scales that the stored type does not hold."""
-        if rows.column_groups is not None:
-            raise UnsupportedError("torchao has no place for reordered columns")
+        refuse_reordered(rows, "torchao")
         scale = np.ascontiguousarray(rows.params["scale"], dtype=np.float32)
         stored = from_float32(scale, self.scale)
         if not np.array_equal(to_float32(stored, self.scale), scale.reshape(-1)):
