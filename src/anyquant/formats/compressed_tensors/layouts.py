@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from anyquant.core.dtypes import Bytes, Float32, from_float32, to_float32
+from anyquant.core.dtypes import Bytes, Float32, from_float32_exactly, to_float32
 from anyquant.core.errors import BadInputError, UnsupportedError
 from anyquant.core.grid import Grid
 from anyquant.core.qtensor import QTensor
@@ -285,11 +285,11 @@ def _expect_shape(raw: Bytes, shape: tuple[int, int]) -> None:
 def scale_bytes(values: Float32, half: bool) -> Bytes:
     """The bytes of scales. Raises UnsupportedError for what their type cannot hold: the grid would not mean what is
     stored."""
-    stored = from_float32(values, SCALES[half]).reshape(len(values), -1)
-    if not np.array_equal(to_float32(stored, SCALES[half]), values.reshape(-1)):
+    stored, lost = from_float32_exactly(values, SCALES[half])
+    if lost.any():
         kind = "float16" if half else "bfloat16"
         raise UnsupportedError(f"a scale of the grid is not a {kind} number; compressed-tensors cannot hold it so")
-    return stored
+    return stored.reshape(len(values), -1)
 
 
 def layout(name: str) -> Layout:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from anyquant.core.dtypes import Bytes, Float32, from_float32, to_float32
+from anyquant.core.dtypes import Bytes, Float32, from_float32_exactly, to_float32
 from anyquant.core.errors import BadInputError, UnsupportedError
 from anyquant.core.grid import Parameter, Params, Scope
 from anyquant.core.qtensor import QTensor
@@ -82,8 +82,8 @@ class ScaledLayout:
         """Scales as the folder has them. Raises UnsupportedError for one that its type cannot hold."""
         if self.scale_dtype not in SCALE_FLOATS:
             return exponents_of(scale, self.scale)
-        stored = from_float32(scale, self.scale_dtype)
-        if not np.array_equal(to_float32(stored, self.scale_dtype), scale):
+        stored, lost = from_float32_exactly(scale, self.scale_dtype)
+        if lost.any():
             raise UnsupportedError(f"{self.scale}: a scale of {self.grid} is no {self.scale_dtype} number")
         return stored
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from anyquant.core.dtypes import DTYPES, Bytes, from_float32, to_float32
+from anyquant.core.dtypes import DTYPES, Bytes, from_float32_exactly, to_float32
 from anyquant.core.errors import UnsupportedError
 from anyquant.core.plan import Place
 from anyquant.core.qtensor import QTensor
@@ -132,9 +132,7 @@ def refuse_reordered(rows: QTensor, name: str) -> None:
 def narrowed(raw: Bytes, dtype: str, name: str) -> Bytes:
     """The bytes of float32 values as those of `dtype`. Raises UnsupportedError for a value that it does not hold."""
     values = np.ascontiguousarray(raw).reshape(-1).view(np.float32)
-    with np.errstate(over="ignore"):
-        stored = np.ascontiguousarray(from_float32(values, dtype)).view(np.uint8)
-    lost = to_float32(stored, dtype) != values
+    stored, lost = from_float32_exactly(values, dtype)
     if lost.any():
         raise UnsupportedError(
             f"{name}: {values[lost][0]!s} is not a number of {dtype}, the model's type, in which it would be stored; "

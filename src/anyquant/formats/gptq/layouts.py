@@ -24,7 +24,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from anyquant.core.dtypes import Bytes, Float32, from_float32, to_float32
+from anyquant.core.dtypes import Bytes, Float32, from_float32_exactly, to_float32
 from anyquant.core.errors import BadInputError, UnsupportedError
 from anyquant.core.qtensor import QTensor
 from anyquant.formats.folder.modules import Along, Stored
@@ -212,11 +212,9 @@ def from_unsigned(
 
 def exact_scales(values: Float32, dtype: str = "F16") -> Bytes:
     """The bytes of `values` as F16 or BF16. Raises UnsupportedError for what that cannot hold."""
-    with np.errstate(over="ignore"):
-        stored = from_float32(values, dtype)
-    same = to_float32(stored, dtype) == values.reshape(-1)
-    if not same.all():
-        wrong = float(values.reshape(-1)[~same][0])
+    stored, lost = from_float32_exactly(values, dtype)
+    if lost.any():
+        wrong = float(values.reshape(-1)[lost][0])
         raise UnsupportedError(
             f"a scale is {wrong:.9g}, which {dtype} cannot hold; quantize to a grid with -f16 in its name"
         )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from anyquant.core.dtypes import DTYPES, Bytes, Float32, from_float32, to_float32
+from anyquant.core.dtypes import DTYPES, Bytes, Float32, from_float32_exactly, to_float32
 from anyquant.core.errors import UnsupportedError
 from anyquant.core.qtensor import QTensor
 from anyquant.formats.folder.modules import FLOATS, Along, Stored, refuse_reordered
@@ -137,8 +137,8 @@ class GroupLayout:
         return QTensor(grid, (rows, shape[1]), signed, {"scale": scale})
 
     def _exact(self, values: Float32, what: str) -> Bytes:
-        raw = from_float32(np.ascontiguousarray(values, dtype=np.float32), self.dtype)
-        if not np.array_equal(to_float32(raw, self.dtype), values.reshape(-1)):
+        raw, lost = from_float32_exactly(values, self.dtype)
+        if lost.any():
             raise UnsupportedError(f"a {what} of the grid is not a number of type {self.dtype}; HQQ cannot hold it so")
         return raw
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from anyquant.core.dtypes import Bytes, from_float32, to_float32
+from anyquant.core.dtypes import Bytes, from_float32_exactly, to_float32
 from anyquant.core.errors import BadInputError, UnsupportedError
 from anyquant.core.qtensor import QTensor
 from anyquant.formats.folder.modules import FLOATS, Stored, refuse_reordered
@@ -56,9 +56,9 @@ class ByteLayout:
     def pack(self, rows: QTensor, shape: tuple[int, int]) -> Sequence[Bytes]:
         """Raises UnsupportedError for scales that the stored type does not hold."""
         refuse_reordered(rows, "torchao")
-        scale = np.ascontiguousarray(rows.params["scale"], dtype=np.float32)
-        stored = from_float32(scale, self.scale)
-        if not np.array_equal(to_float32(stored, self.scale), scale.reshape(-1)):
+        scale = rows.params["scale"]
+        stored, lost = from_float32_exactly(scale, self.scale)
+        if lost.any():
             raise UnsupportedError(
                 f"a scale of the grid is not a number of the model's type {self.scale}, in which torchao stores it"
             )
