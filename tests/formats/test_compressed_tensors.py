@@ -21,7 +21,7 @@ from anyquant.core.errors import UnsupportedError, UsageError
 from anyquant.core.linear import Role
 from anyquant.core.qtensor import QTensor
 from anyquant.formats import FORMATS
-from anyquant.formats.compressed_tensors.layouts import IntegerLayout, layout
+from anyquant.formats.compressed_tensors.layouts import layout
 from anyquant.grids import grid as find_grid
 from anyquant.models.architecture import Architecture
 from anyquant.models.detect import detect
@@ -58,7 +58,7 @@ def test_packing_equals_the_library(bits: int) -> None:
     codes = random.integers(-(1 << (bits - 1)), 1 << (bits - 1), (48, 384), dtype=np.int8)
     codes[0, :16] = np.arange(-8, 8)
     scale = bfloat16_to_float32(float32_to_bfloat16(random.uniform(1e-4, 2, (48, 3)).astype(np.float32)))
-    kind = IntegerLayout(bits, 128)
+    kind = layout(f"int{bits}-g128")
     rows = QTensor(find_grid(kind.grid), codes.shape, codes, {"scale": scale})
     packed, scales, shape = kind.pack(rows, codes.shape)
     expected = pack_to_int32(torch.from_numpy(codes), bits).contiguous().numpy()
