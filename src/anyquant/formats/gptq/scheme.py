@@ -17,7 +17,7 @@ from anyquant.core.plan import Decision, Plan
 from anyquant.formats.folder.format import FUSED, FolderFormat
 from anyquant.formats.folder.integers import IntegerGridName, parse
 from anyquant.formats.folder.modules import FLOATS
-from anyquant.formats.folder.scheme import APART, Found, Module, Scheme
+from anyquant.formats.folder.scheme import APART, FLOAT_PRESETS, Found, Module, Scheme
 from anyquant.formats.gptq.layouts import PackedInputs, layout
 from anyquant.formats.gptq.reading import BITS, find_modules
 from anyquant.models.architecture import Architecture
@@ -31,7 +31,7 @@ PRESETS = {
     "W4A16_G32": "int4-g32",
     "W4A16_ASYM": "int4-g128-asym",
     "W8A16": "int8-g128",
-    **{grid.upper(): grid for grid in FLOATS},
+    **FLOAT_PRESETS,
 }
 # an option of a decision whose rows come with reordered columns (QTensor.column_groups)
 ORDERED = "act_order"

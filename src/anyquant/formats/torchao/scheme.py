@@ -16,7 +16,7 @@ from anyquant.core.plan import Decision, Plan
 from anyquant.formats.folder.format import FolderFormat
 from anyquant.formats.folder.integers import IntegerGridName
 from anyquant.formats.folder.modules import FLOATS, ModuleLayout
-from anyquant.formats.folder.scheme import Found, Module, Scheme, float_modules, refuse_apart
+from anyquant.formats.folder.scheme import FLOAT_PRESETS, Found, Module, Scheme, float_modules, refuse_apart
 from anyquant.formats.torchao.layouts import INTX, ROW, TORCH_NAMES, ByteLayout, layout
 from anyquant.models.architecture import Architecture
 from anyquant.store.strict_json import parse_json
@@ -28,7 +28,7 @@ PRESETS = {
     "INT8_ASYM": "int8-g64-asym",
     "INT4": "int4-g64",
     "INT4_ASYM": "int4-g64-asym",
-    **{grid.upper(): grid for grid in FLOATS},
+    **FLOAT_PRESETS,
 }
 GROUPS = (16, 32, 64, 128, 256)
 
