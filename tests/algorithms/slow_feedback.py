@@ -141,12 +141,6 @@ class Pairs(Grid):
     def points(self) -> Float32:
         return (np.random.default_rng(3).standard_normal((16, 2)) * 0.8).astype(np.float32)
 
-    def quantize(
-        self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None
-    ) -> tuple[Params, Codes]:
-        params = self.fit(weights, importance, shared)
-        return params, self.encode(weights, params)
-
     def fit(self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None) -> Params:
         weighting = self.weighting(weights, importance).reshape(len(weights), -1, 32)
         blocks = weights.reshape(weighting.shape)

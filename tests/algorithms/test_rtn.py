@@ -27,12 +27,6 @@ class Rows(Grid):
     code_bits: int = 4
     parameters: tuple[Parameter, ...] = (Parameter("scale", "float32", 32, Scope.ROW),)
 
-    def quantize(
-        self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None
-    ) -> tuple[Params, Codes]:
-        params = self.fit(weights, importance, shared)
-        return params, self.encode(weights, params)
-
     def fit(self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None) -> Params:
         weighting = self.weighting(weights, importance)
         widest = np.abs(weights).max(1, keepdims=True) if shared is None else shared["widest"]

@@ -18,9 +18,9 @@ from anyquant.formats.awq.layouts import PackedOutputs, layout
 from anyquant.grids import grid as find_grid
 from anyquant.store.safetensors import SafetensorsCheckpoint
 from support.checkpoints import make_checkpoint
-from support.folders import chosen, open_model
+from support.folders import chosen, open_model, written_and_read
 from support.packed import Packed, packed_cases
-from support.quantized import altered, as_quantized
+from support.quantized import altered
 from support.write import make_plan, write
 
 FORM = FORMATS.get("awq")
@@ -63,15 +63,8 @@ def test_a_word_by_hand() -> None:
     [("llama", "int4-g128-asym", False), ("qwen2", "int4-g32-asym-f16", True), ("phi3", "int4-g64", False)],
 )
 def test_a_folder_is_read_back(family: str, grid: str, tied: bool, tmp_path: Path) -> None:
-    checkpoint, architecture = open_model(make_checkpoint(tmp_path / "in", family, dtype="F16", tied=tied))
-    planned = write(checkpoint, architecture, tmp_path / "out", chosen(architecture, grid, "f16"), "awq")
-    assert sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) == planned.nbytes
-    found = FORM.open(tmp_path / "out", architecture)
-    assert set(found.names()) == set(checkpoint.names())
-    for linear in architecture.linears:
-        expected = as_quantized(checkpoint, linear, grid)
-        part = slice(linear.view.start, linear.view.start + linear.view.rows)
-        np.testing.assert_array_equal(read_tensor(found, linear.view.tensor)[part], expected, linear.name)
+    source = make_checkpoint(tmp_path / "in", family, dtype="F16", tied=tied)
+    written_and_read("awq", source, tmp_path / "out", grid, "f16")
 
 
 def test_settings_and_tensors(tmp_path: Path) -> None:

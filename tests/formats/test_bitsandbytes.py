@@ -7,7 +7,6 @@ from typing import Any
 
 import bitsandbytes
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 import transformers
@@ -24,21 +23,19 @@ from safetensors.torch import save_file
 
 from anyquant.core.checkpoint import Checkpoint, read_rows, read_tensor
 from anyquant.core.errors import AnyQuantError, BadInputError, UnsupportedError
-from anyquant.core.linear import Role
 from anyquant.core.qtensor import QTensor
 from anyquant.formats import FORMATS
 from anyquant.formats.bitsandbytes.layouts import layout
 from anyquant.formats.folder.format import FolderFormat
 from anyquant.grids import grid as find_grid
-from anyquant.models.architecture import Architecture
 from anyquant.models.detect import detect
 from anyquant.runtimes import RUNTIMES
 from anyquant.store.open import open_checkpoint
 from support.checkpoints import make_checkpoint
+from support.folders import chosen, logits_of, open_model
 from support.write import make_plan, write
 
 FORM = FORMATS.get("bitsandbytes")
-APART = (Role.EMBEDDING, Role.HEAD)
 FLOATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 FOUR_BIT = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 
@@ -56,24 +53,6 @@ def loaded(folder: Path) -> Any:
             module.support_avx512bf16_for_cpu = False
             module.compute_dtype, module.compute_type_is_set = torch.float32, True
     return model
-
-
-def logits(model: Any, state: Mapping[str, Any] | None = None) -> npt.NDArray[np.float32]:
-    """Next-token logits on fixed tokens; `state` replaces the weights."""
-    if state is not None:
-        model.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()}, strict=False)
-    tokens = torch.from_numpy(np.random.default_rng(1).integers(0, 600, (1, 96)))
-    with torch.inference_mode():
-        return np.asarray(model(tokens).logits[0].float().numpy())
-
-
-def chosen(architecture: Architecture, grid: str, apart: str) -> dict[str, str]:
-    return {linear.name: apart if linear.role in APART else grid for linear in architecture.linears}
-
-
-def open_model(folder: Path) -> tuple[Checkpoint, Architecture]:
-    checkpoint = open_checkpoint(folder)
-    return checkpoint, detect(checkpoint)
 
 
 def quantized(kind: str, shape: tuple[int, int], block: int, nested: bool = False) -> tuple[Any, QuantState]:
@@ -158,19 +137,19 @@ def test_transformers_loads_it_and_computes_our_decode(
     decoded = {name: read_tensor(opened, name) for name in opened.names()}
     assert decoded.keys() == set(checkpoint.names())
     original = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    before, ours = logits(original), logits(original, decoded)
+    before, ours = logits_of(original), logits_of(original, decoded)
     spread = float(ours.std())
     model = loaded(out)
     eight = grid.startswith("int8")
     if eight:
-        assert np.corrcoef(logits(model).ravel(), ours.ravel())[0, 1] > 0.99  # LLM.int8 rounds the activations, too
+        assert np.corrcoef(logits_of(model).ravel(), ours.ravel())[0, 1] > 0.99  # LLM.int8 rounds the activations, too
         model = model.dequantize(dtype=torch.float32)
-    theirs = logits(model)
+    theirs = logits_of(model)
     assert np.abs(theirs - ours).max() <= 1e-5 * spread
     assert np.abs(ours - before).max() > (1e-3 if eight else 1e-2) * spread
     changed = "model.layers.1.self_attn.o_proj.weight"
     wrong = {**decoded, changed: decoded[changed] * np.float32(1.02)}
-    assert np.abs(logits(original, wrong) - theirs).max() > 1e-3 * spread
+    assert np.abs(logits_of(original, wrong) - theirs).max() > 1e-3 * spread
 
 
 def test_the_runtime_rounds_no_activations(tmp_path: Path) -> None:
@@ -179,7 +158,7 @@ def test_the_runtime_rounds_no_activations(tmp_path: Path) -> None:
     write(checkpoint, architecture, tmp_path / "out", chosen(architecture, "nf4-g64", "bf16"), "bitsandbytes")
     opened = FORM.open(tmp_path / "out", architecture)
     decoded = {name: read_tensor(opened, name) for name in opened.names()}
-    ours = logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "in", dtype=torch.float32), decoded)
+    ours = logits_of(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "in", dtype=torch.float32), decoded)
     tokens = np.random.default_rng(1).integers(0, 600, (1, 96))[0].tolist()
     with RUNTIMES.get("transformers").load(tmp_path / "out") as session:
         assert np.abs(session.logits(tokens) - ours).max() <= 1e-5 * float(ours.std())

@@ -4,52 +4,27 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
-import transformers
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationConfig
 from safetensors import safe_open
 
-from anyquant.core.checkpoint import Checkpoint, read_tensor
+from anyquant.core.checkpoint import read_tensor
 from anyquant.core.dtypes import bfloat16_to_float32, float32_to_bfloat16
 from anyquant.core.errors import UnsupportedError, UsageError
-from anyquant.core.linear import Role
 from anyquant.core.qtensor import QTensor
 from anyquant.formats import FORMATS
-from anyquant.formats.compressed_tensors.layouts import IntegerLayout, layout
+from anyquant.formats.compressed_tensors.layouts import layout
 from anyquant.grids import grid as find_grid
-from anyquant.models.architecture import Architecture
-from anyquant.models.detect import detect
 from anyquant.store.open import open_checkpoint
 from support.checkpoints import make_checkpoint
+from support.folders import chosen, logits, open_model
 from support.write import make_plan, write
 
 FORM = FORMATS.get("compressed-tensors")
-APART = (Role.EMBEDDING, Role.HEAD)
-
-
-def logits(folder: Path, dtype: torch.dtype, state: Mapping[str, Any] | None = None) -> npt.NDArray[np.float32]:
-    """Next-token logits on fixed tokens; `state` replaces the weights."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    if state is not None:
-        model.load_state_dict({name: torch.from_numpy(value).to(dtype) for name, value in state.items()}, strict=False)
-    tokens = torch.from_numpy(np.random.default_rng(1).integers(0, 600, (1, 96)))
-    with torch.inference_mode():
-        return np.asarray(model(tokens).logits[0].float().numpy())
-
-
-def chosen(architecture: Architecture, grid: str, apart: str) -> dict[str, str]:
-    return {linear.name: apart if linear.role in APART else grid for linear in architecture.linears}
-
-
-def open_model(folder: Path) -> tuple[Checkpoint, Architecture]:
-    checkpoint = open_checkpoint(folder)
-    return checkpoint, detect(checkpoint)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -58,7 +33,7 @@ def test_packing_equals_the_library(bits: int) -> None:
     codes = random.integers(-(1 << (bits - 1)), 1 << (bits - 1), (48, 384), dtype=np.int8)
     codes[0, :16] = np.arange(-8, 8)
     scale = bfloat16_to_float32(float32_to_bfloat16(random.uniform(1e-4, 2, (48, 3)).astype(np.float32)))
-    kind = IntegerLayout(bits, 128)
+    kind = layout(f"int{bits}-g128")
     rows = QTensor(find_grid(kind.grid), codes.shape, codes, {"scale": scale})
     packed, scales, shape = kind.pack(rows, codes.shape)
     expected = pack_to_int32(torch.from_numpy(codes), bits).contiguous().numpy()

@@ -32,6 +32,7 @@ from anyquant.runtimes.activations import RoundedInput, rounding_inputs
 from anyquant.store.open import open_checkpoint
 from anyquant.store.safetensors import SafetensorsCheckpoint
 from support.checkpoints import make_checkpoint
+from support.folders import logits
 from support.write import make_plan, write
 
 FORM = FORMATS.get("compressed-tensors")
@@ -140,12 +141,6 @@ def planned(architecture: Architecture, preset: str, source: str) -> Plan:
         for name, decision in plan.decisions.items()
     }
     return replace(plan, decisions=decisions)
-
-
-def logits(folder: Path, dtype: torch.dtype) -> npt.NDArray[np.float32]:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    with torch.inference_mode():
-        return np.asarray(model(tokens()).logits[0].float().numpy())
 
 
 def tokens() -> torch.Tensor:

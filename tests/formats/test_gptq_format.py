@@ -23,9 +23,9 @@ from anyquant.grids import grid as find_grid
 from anyquant.models.architecture import Architecture
 from anyquant.store.safetensors import SafetensorsCheckpoint
 from support.checkpoints import make_checkpoint
-from support.folders import chosen, open_model
+from support.folders import chosen, open_model, written_and_read
 from support.packed import Packed, packed_cases
-from support.quantized import altered, as_quantized
+from support.quantized import altered
 from support.write import make_plan, write
 
 FORM = FORMATS.get("gptq")
@@ -133,15 +133,8 @@ def settings(folder: Path) -> dict[str, Any]:
     [("llama", "int4-g128", False), ("qwen2", "int3-g32-asym", True), ("phi3", "int8-channel", False)],
 )
 def test_a_folder_is_read_back(family: str, grid: str, tied: bool, tmp_path: Path) -> None:
-    checkpoint, architecture = open_model(make_checkpoint(tmp_path / "in", family, dtype="BF16", tied=tied))
-    planned = write(checkpoint, architecture, tmp_path / "out", chosen(architecture, grid, "bf16"), "gptq")
-    assert sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) == planned.nbytes
-    found = FORM.open(tmp_path / "out", architecture)
-    assert set(found.names()) == set(checkpoint.names())
-    for linear in architecture.linears:
-        expected = as_quantized(checkpoint, linear, grid)
-        part = slice(linear.view.start, linear.view.start + linear.view.rows)
-        np.testing.assert_array_equal(read_tensor(found, linear.view.tensor)[part], expected, linear.name)
+    source = make_checkpoint(tmp_path / "in", family, dtype="BF16", tied=tied)
+    architecture, found = written_and_read("gptq", source, tmp_path / "out", grid, "bf16")
     again = as_model(SafetensorsCheckpoint(tmp_path / "out"))
     name = architecture.linears[-2].view.tensor
     np.testing.assert_array_equal(read_tensor(again, name), read_tensor(found, name))

@@ -14,22 +14,16 @@ from safetensors.torch import load_file, save_file
 
 from anyquant.core.checkpoint import Checkpoint, read_rows, read_tensor
 from anyquant.core.errors import BadInputError, UnsupportedError, UsageError
-from anyquant.core.linear import Role
 from anyquant.formats import FORMATS, as_model
 from anyquant.grids import grid as find_grid
-from anyquant.models.architecture import Architecture
 from anyquant.models.detect import detect
 from anyquant.store.open import open_checkpoint
 from support.checkpoints import make_checkpoint
+from support.folders import chosen, logits_of
 from support.write import make_plan, write
 
 FORM = FORMATS.get("hqq")
-APART = (Role.EMBEDDING, Role.HEAD)
 SETTINGS = {"quant_method": "hqq"}
-
-
-def chosen(architecture: Architecture, grid: str, apart: str) -> dict[str, str]:
-    return {linear.name: apart if linear.role in APART else grid for linear in architecture.linears}
 
 
 def of_module(tensors: Mapping[str, Any], path: str) -> HQQLinear:
@@ -40,12 +34,6 @@ def of_module(tensors: Mapping[str, Any], path: str) -> HQQLinear:
     found = HQQLinear(None, None, compute_dtype=torch.float32, device="cpu")
     found.load_state_dict(state)
     return found
-
-
-def logits(model: Any) -> Any:
-    tokens = torch.from_numpy(np.random.default_rng(1).integers(0, 600, (1, 96)))
-    with torch.inference_mode():
-        return model(tokens).logits[0].numpy()
 
 
 @pytest.mark.parametrize(
@@ -73,7 +61,7 @@ def test_the_package_loads_it_and_computes_our_decode(
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "in", dtype=torch.float32)
     state = {name: torch.from_numpy(value) for name, value in decoded.items()}
     model.load_state_dict(state, strict=False)
-    ours, changed = logits(model), 0
+    ours, changed = logits_of(model), 0
     for name, module in list(model.named_modules()):
         if f"{name}.W_q" in tensors:
             theirs = of_module(tensors, name)
@@ -82,7 +70,7 @@ def test_the_package_loads_it_and_computes_our_decode(
             model.set_submodule(name, theirs)
             changed += 1
     assert changed == len([unit for unit in planned.units if unit.linears and "int" in unit.grid])
-    assert np.abs(logits(model) - ours).max() <= 1e-5 * ours.std()
+    assert np.abs(logits_of(model) - ours).max() <= 1e-5 * ours.std()
     name = "model.layers.1.mlp.down_proj"
     wrong = of_module({**tensors, f"{name}.zero": tensors[f"{name}.zero"] + 1}, name)
     assert not np.array_equal(wrong.dequantize().numpy(), decoded[f"{name}.weight"])

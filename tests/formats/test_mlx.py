@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from anyquant.algorithms.base import Task
-from anyquant.core.checkpoint import Checkpoint, read_tensor
+from anyquant.core.checkpoint import read_tensor
 from anyquant.core.dtypes import Float32
 from anyquant.core.errors import AnyQuantError, BadInputError, UnsupportedError
 from anyquant.core.plan import Decision
@@ -34,6 +34,7 @@ from anyquant.runtimes.mlx import RUNTIME
 from anyquant.store.open import open_checkpoint
 from anyquant.store.safetensors_layout import write_safetensors_header
 from support.checkpoints import make_checkpoint
+from support.folders import open_model
 from support.write import make_plan as planned
 from support.write import write
 
@@ -45,11 +46,6 @@ AFFINE = [f"affine{bits}-g{group}" for bits in (2, 3, 4, 5, 6, 8) for group in (
 INTEGERS = ["int2-g32", "int3-g64", "int4-g128", "int8-g64", "int4-g64-asym", "int5-g32-asym", "int8-g128-asym"]
 FLOATS = ["mxfp4", "mxfp8_e4m3", "nvfp4-bare"]
 TOKENS = np.random.default_rng(1).integers(0, 600, 96)
-
-
-def open_model(folder: Path) -> tuple[Checkpoint, Architecture]:
-    checkpoint = open_checkpoint(folder)
-    return checkpoint, detect(checkpoint)
 
 
 def weights_of(rows: int = 16, columns: int = 384) -> Float32:

@@ -26,7 +26,7 @@ from anyquant.formats.modelopt.scheme import ModelOpt
 from anyquant.grids import grid as find_grid
 from anyquant.store.open import open_checkpoint
 from support.checkpoints import make_checkpoint
-from support.folders import chosen, decoded, open_model, save, tensors_of
+from support.folders import chosen, decoded, facts, open_model, save, tensors_of
 from support.write import make_plan, write
 
 FORM = FORMATS.get("modelopt")
@@ -48,22 +48,17 @@ SCHEMES = {
 WRITTEN = ("fp8-channel", "fp8-block", "w4a16-nvfp4", "mxfp8", "int4", "int8")
 
 
-def facts(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((GOLDEN / f"{name}.json").read_text())
-    return found
-
-
 def theirs(name: str, folder: Path, legacy: bool = False) -> QuantizedFolder:
     """A folder with the one module that was recorded, its settings in config.json or in the older file."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     tensors = load_file(GOLDEN / f"{name}.safetensors")
     tensors.pop("decoded")
-    settings = None if legacy else facts(name)["quantization_config"]
+    settings = None if legacy else facts(GOLDEN, name)["quantization_config"]
     save(folder, {f"{MODULE}.{suffix}": one for suffix, one in tensors.items()}, settings)
     if legacy:
         (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
-        (folder / "hf_quant_config.json").write_text(json.dumps(facts(name)["hf_quant_config"]))
+        (folder / "hf_quant_config.json").write_text(json.dumps(facts(GOLDEN, name)["hf_quant_config"]))
     return FORM.read(open_checkpoint(folder))
 
 
@@ -101,7 +96,7 @@ def make(folder: Path, grid: str | dict[str, str], family: str = "llama", tied: 
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_our_folders_have_the_settings_and_tensors_of_modelopt(name: str, tmp_path: Path) -> None:
-    out, golden = make(tmp_path, SCHEMES[name]), facts(name)
+    out, golden = make(tmp_path, SCHEMES[name]), facts(GOLDEN, name)
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     legacy = json.loads((out / "hf_quant_config.json").read_text())
     assert config == golden["quantization_config"]
@@ -137,7 +132,7 @@ def test_inputs_with_a_static_scale(
     inputs = dict.fromkeys(blocks, activation)
     grids = chosen(architecture, grid, "f32")
     write(checkpoint, architecture, tmp_path / "out", grids, "modelopt", inputs=inputs, maxima=maxima)
-    golden, tensors = facts(name), tensors_of(tmp_path / "out")
+    golden, tensors = facts(GOLDEN, name), tensors_of(tmp_path / "out")
     assert (
         json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
         == golden["quantization_config"]
@@ -203,7 +198,7 @@ def test_a_mixture_names_its_layers(tmp_path: Path) -> None:
     roles = {"attn_q": "nvfp4", "attn_k": "nvfp4", "attn_v": "nvfp4", "attn_output": "int4-g128"}
     grids = {f"blocks.{block}.{role}": grid for block in (0, 1) for role, grid in roles.items()}
     grids |= {f"blocks.{block}.ffn_down": "fp8_e4m3-channel" for block in (0, 1)}
-    out, golden = make(tmp_path, grids), facts("mixed")
+    out, golden = make(tmp_path, grids), facts(GOLDEN, "mixed")
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     legacy = json.loads((out / "hf_quant_config.json").read_text())["quantization"]
     names = {"q_proj": 6, "o_proj": 2, "down_proj": 2}

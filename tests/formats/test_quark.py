@@ -19,7 +19,7 @@ from anyquant.grids import grid as find_grid
 from anyquant.models.architecture import Architecture
 from anyquant.store.open import open_checkpoint
 from support.checkpoints import make_checkpoint
-from support.folders import chosen, decoded, open_model, save, tensors_of
+from support.folders import chosen, decoded, facts, open_model, save, tensors_of
 from support.write import make_plan, write
 
 FORM = FORMATS.get("quark")
@@ -44,18 +44,13 @@ ROUNDED = {
 WRITTEN = [name for name in SCHEMES if name != "fp8-static"]
 
 
-def facts(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((GOLDEN / f"{name}.json").read_text())
-    return found
-
-
 def theirs(folder: Path, name: str, settings: dict[str, Any] | None = None, **tensors: Any) -> QuantizedFolder:
     """A folder with the one module that was recorded; `tensors` take the place of its own, None of nothing."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     kept = {**load_file(GOLDEN / f"{name}.safetensors"), **tensors, "decoded": None}
     stored = {f"{MODULE}.{suffix}": one for suffix, one in kept.items() if one is not None}
-    save(folder, stored, facts(name)["quantization_config"] | (settings or {}))
+    save(folder, stored, facts(GOLDEN, name)["quantization_config"] | (settings or {}))
     return FORM.read(open_checkpoint(folder))
 
 
@@ -99,9 +94,9 @@ def test_our_folders_have_the_settings_of_quark_and_decode_to_what_was_chosen(
     grid = SCHEMES[name]
     out = make(tmp_path, everywhere(tmp_path, family, grid), ROUNDED.get(name), family)
     config = json.loads((out / "config.json").read_text())["quantization_config"]
-    assert config == facts(name)["quantization_config"]
+    assert config == facts(GOLDEN, name)["quantization_config"]
     kinds = {key: str(one.dtype).removeprefix("torch.") for key, one in tensors_of(out).items()}
-    expected = {key: dtype for key, (dtype, _) in facts(name)["tensors"].items() if key.startswith(MODULE)}
+    expected = {key: dtype for key, (dtype, _) in facts(GOLDEN, name)["tensors"].items() if key.startswith(MODULE)}
     assert {key: dtype for key, dtype in kinds.items() if key.startswith(MODULE)} == expected
     checkpoint, architecture = open_model(tmp_path / "in")
     ours, source = decoded(FORM.open(out, architecture)), decoded(checkpoint)
@@ -126,8 +121,8 @@ def test_a_mixture_names_what_is_not_usual(tmp_path: Path) -> None:
     out = make(tmp_path, grids)
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     other = "model.layers.1.mlp.down_proj"
-    assert config["global_quant_config"] == facts("mxfp4")["quantization_config"]["global_quant_config"]
-    eight = facts("fp8-channel")["quantization_config"]["global_quant_config"]
+    assert config["global_quant_config"] == facts(GOLDEN, "mxfp4")["quantization_config"]["global_quant_config"]
+    eight = facts(GOLDEN, "fp8-channel")["quantization_config"]["global_quant_config"]
     assert config["layer_quant_config"] == {other: eight}
     assert config["exclude"] == ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj", "lm_head"]
     opened = FORM.open(out, open_model(tmp_path / "in")[1])

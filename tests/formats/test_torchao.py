@@ -17,31 +17,17 @@ from safetensors.torch import load_file, save_file
 
 from anyquant.core.checkpoint import Checkpoint, read_tensor
 from anyquant.core.errors import BadInputError, UnsupportedError
-from anyquant.core.linear import Role
 from anyquant.formats import FORMATS, as_model
-from anyquant.models.architecture import Architecture
 from anyquant.models.detect import detect
 from anyquant.runtimes import RUNTIMES
 from anyquant.store.open import open_checkpoint
 from support.checkpoints import make_checkpoint
+from support.folders import chosen, logits_of
 from support.write import make_plan, write
 
 quantization = pytest.importorskip("torchao.quantization")
 granularity = pytest.importorskip("torchao.quantization.granularity")
 FORM = FORMATS.get("torchao")
-APART = (Role.EMBEDDING, Role.HEAD)
-
-
-def chosen(architecture: Architecture, grid: str, apart: str) -> dict[str, str]:
-    return {linear.name: apart if linear.role in APART else grid for linear in architecture.linears}
-
-
-def logits(model: Any, state: Mapping[str, Any] | None = None) -> Any:
-    if state is not None:
-        model.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()}, strict=False)
-    tokens = torch.from_numpy(np.random.default_rng(1).integers(0, 600, (1, 96)))
-    with torch.inference_mode():
-        return model(tokens).logits[0].float().numpy()
 
 
 @pytest.mark.parametrize(
@@ -68,12 +54,12 @@ def test_transformers_loads_it_and_computes_our_decode(
     assert decoded.keys() == set(checkpoint.names())
     assert as_model(open_checkpoint(out)).grid_of("model.layers.0.mlp.down_proj.weight") == grid.removesuffix("-f16")
     original = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    before, ours = logits(original), logits(original, decoded)
+    before, ours = logits_of(original), logits_of(original, decoded)
     spread = float(ours.std())
     # as it comes, in the model's own type
     model = transformers.AutoModelForCausalLM.from_pretrained(out, device_map="cpu")
     assert model.dtype == {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
-    assert np.abs(logits(model) - ours).max() < 0.5 * spread
+    assert np.abs(logits_of(model) - ours).max() < 0.5 * spread
     quantized = 0
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
@@ -95,7 +81,7 @@ def test_transformers_loads_it_and_computes_our_decode(
     assert np.abs(ours - before).max() > 1e-3 * spread
     changed = "model.layers.1.self_attn.o_proj.weight"
     wrong = {**decoded, changed: decoded[changed] * np.float32(1.02)}
-    assert np.abs(logits(original, wrong) - theirs).max() > 1e-3 * spread
+    assert np.abs(logits_of(original, wrong) - theirs).max() > 1e-3 * spread
 
 
 def test_the_facts_are_those_that_torchao_writes(tmp_path: Path) -> None:

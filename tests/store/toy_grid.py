@@ -17,11 +17,6 @@ PARAMETERS = (
 
 
 class Toy(Grid):
-    def quantize(
-        self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None
-    ) -> tuple[Params, Codes]:
-        raise NotImplementedError
-
     def fit(self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None) -> Params:
         raise NotImplementedError
 

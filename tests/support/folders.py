@@ -14,9 +14,12 @@ from safetensors.torch import load_file, save_file
 from anyquant.core.checkpoint import Checkpoint, read_tensor
 from anyquant.core.linear import Role
 from anyquant.core.plan import EMPTY
+from anyquant.formats import FORMATS
 from anyquant.models.architecture import Architecture
 from anyquant.models.detect import detect
 from anyquant.store.open import open_checkpoint
+from support.quantized import as_quantized
+from support.write import write
 
 APART = (Role.EMBEDDING, Role.HEAD)
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -24,9 +27,14 @@ TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 def logits(folder: Path, dtype: torch.dtype, state: Mapping[str, Any] | None = None) -> npt.NDArray[np.float32]:
     """Next-token logits on fixed tokens; `state` replaces the weights."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return logits_of(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), state)
+
+
+def logits_of(model: Any, state: Mapping[str, Any] | None = None) -> npt.NDArray[np.float32]:
+    """As `logits`, of a model that is loaded."""
     if state is not None:
-        model.load_state_dict({name: torch.from_numpy(value).to(dtype) for name, value in state.items()}, strict=False)
+        tensors = {name: torch.from_numpy(value).to(model.dtype) for name, value in state.items()}
+        model.load_state_dict(tensors, strict=False)
     tokens = torch.from_numpy(np.random.default_rng(1).integers(0, 600, (1, 96)))
     with torch.inference_mode():
         return np.asarray(model(tokens).logits[0].float().numpy())
@@ -40,6 +48,31 @@ def chosen(architecture: Architecture, grid: str, apart: str, changes: Mapping[s
 def open_model(folder: Path) -> tuple[Checkpoint, Architecture]:
     checkpoint = open_checkpoint(folder)
     return checkpoint, detect(checkpoint)
+
+
+def written_and_read(
+    target: str, source: Path, out: Path, grid: str, apart: str, changes: Mapping[str, str] = EMPTY
+) -> tuple[Architecture, Checkpoint]:
+    """Write a folder of a format, on grids as `chosen` has them, and read it: it has the bytes that were planned, the
+    tensors of the source, and of each Linear the values that its grid gives."""
+    form = FORMATS.get(target)
+    checkpoint, architecture = open_model(source)
+    grids = chosen(architecture, grid, apart, changes)
+    planned = write(checkpoint, architecture, out, grids, target)
+    assert sum(path.stat().st_size for path in out.iterdir()) == planned.nbytes
+    found = form.open(out, architecture)
+    assert set(found.names()) == set(checkpoint.names())
+    for linear in architecture.linears:
+        expected = as_quantized(checkpoint, linear, grids[linear.name])
+        part = slice(linear.view.start, linear.view.start + linear.view.rows)
+        np.testing.assert_array_equal(read_tensor(found, linear.view.tensor)[part], expected, linear.name)
+    return architecture, found
+
+
+def facts(golden: Path, name: str) -> dict[str, Any]:
+    """What a tool under tools/ recorded beside tensors of the same name."""
+    found: dict[str, Any] = json.loads((golden / f"{name}.json").read_text())
+    return found
 
 
 def decoded(checkpoint: Checkpoint) -> dict[str, npt.NDArray[np.float32]]:

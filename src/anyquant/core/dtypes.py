@@ -85,3 +85,13 @@ def from_float32(values: Float32, dtype: str) -> Bytes:
     if dtype not in ("F32", "F16"):
         raise UnsupportedError(f"cannot store floating-point values as {dtype}; use F32, F16 or BF16")
     return np.ascontiguousarray(values.reshape(-1), dtype=DTYPES[dtype].numpy).view(np.uint8)
+
+
+def from_float32_exactly(values: Float32, dtype: str) -> tuple[Bytes, npt.NDArray[np.bool_]]:
+    """The bytes of `values` as `from_float32` has them, and which values `dtype` does not hold, both flat.
+
+    NaN counts as not held.
+    """
+    with np.errstate(over="ignore"):
+        stored = from_float32(values, dtype)
+    return stored, to_float32(stored, dtype) != values.reshape(-1)

@@ -137,15 +137,17 @@ class Grid(ABC):
         """
         return None
 
-    @abstractmethod
     def quantize(
         self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None
     ) -> tuple[Params, Codes]:
         """The fast joint search: parameters and codes of `weights` (rows, in), finite.
 
         `importance` (in,), non-negative, is the mean squared activation of each input channel, or None. Rows are
-        independent: quantizing a slice of rows gives the slice of the result.
+        independent: quantizing a slice of rows gives the slice of the result. This one is the nearest codes under the
+        parameters of `fit`; grids that search for both together say so.
         """
+        params = self.fit(weights, importance, shared)
+        return params, self.encode(weights, params)
 
     @abstractmethod
     def fit(self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None) -> Params:

@@ -71,15 +71,8 @@ class AffineGrid(Grid):
         found = [(1 + STEP * step, move) for step in reach for move in MOVES if step or move]
         return np.array(found if STEPS[self.code_bits] else (), dtype=np.float32).reshape(-1, 2)
 
-    def quantize(
-        self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None
-    ) -> tuple[Params, Codes]:
-        """The best scale and bias that the search finds, never worse than from minimum to maximum; nearest codes."""
-        params = self.fit(weights, importance, shared)
-        return params, self.encode(weights, params)
-
     def fit(self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None) -> Params:
-        """Scale, at least 0, and bias."""
+        """Scale, at least 0, and bias: the best that the search finds, never worse than from minimum to maximum."""
         scale, bias = find_pairs(weights, importance, self.levels, self.trials(importance is not None), self.changes())
         return {"scale": scale, "bias": bias}
 

@@ -30,15 +30,8 @@ class CodebookGrid(Grid):
         """Values per row."""
         return int(2**self.code_bits)
 
-    def quantize(
-        self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None
-    ) -> tuple[Params, Codes]:
-        """The values of least weighted error that k-means finds for each row, and the nearest codes."""
-        params = self.fit(weights, importance, shared)
-        return params, self.encode(weights, params)
-
     def fit(self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None) -> Params:
-        """The values."""
+        """The values of least weighted error that k-means finds for each row."""
         from anyquant.grids.kernels import codebook
 
         steering = usable_importance(importance, weights.shape[1], weights.shape[1])

@@ -34,12 +34,6 @@ class FloatZeroGrid(Grid):
         """The largest code."""
         return (1 << self.code_bits) - 1
 
-    def quantize(
-        self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None
-    ) -> tuple[Params, Codes]:
-        params = self.fit(weights, importance, shared)
-        return params, self.encode(weights, params)
-
     def fit(self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None) -> Params:
         """Those of the integer grid of this width; minimum to maximum where there is none."""
         if self.code_bits > 1 and self.group in WHOLE:

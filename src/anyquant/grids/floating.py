@@ -18,14 +18,8 @@ BITS = {"f32": 32, "f16": 16, "bf16": 16}
 class FloatingGrid(Grid):
     """Codes are uint32 (f32) or uint16 (f16, bf16) bit patterns, one per weight."""
 
-    def quantize(
-        self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None
-    ) -> tuple[Params, Codes]:
-        """Round each weight; `importance` changes nothing. Raises UnsupportedError as `encode` does."""
-        return {}, self.encode(weights, {})
-
     def fit(self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None) -> Params:
-        """No parameters."""
+        """No parameters; `importance` changes nothing."""
         return {}
 
     def encode(self, weights: Float32, params: Params, columns: slice | None = None) -> Codes:

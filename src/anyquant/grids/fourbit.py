@@ -56,15 +56,8 @@ class TableGrid(Grid):
         """The value of each code, (16,)."""
         return np.array(self.table, dtype=np.float32)
 
-    def quantize(
-        self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None
-    ) -> tuple[Params, Codes]:
-        """The maxima of least weighted error that the search finds, never worse than max |w|, and nearest codes."""
-        params = self.fit(weights, importance, shared)
-        return params, self.encode(weights, params)
-
     def fit(self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None) -> Params:
-        """The scales that the table is multiplied with."""
+        """The maxima of least weighted error that the search finds, never worse than max |w|."""
         return {"absmax": self.searched(weights, self.lanes(weights, importance))}
 
     def plain(self, weights: Float32, shared: Params | None = None) -> Params:

@@ -64,16 +64,10 @@ class Float8Grid(Grid):
         largest = np.array([[max((absolute_maximum, *tie_group))]], dtype=np.float32)
         return {"scale": self._covering(largest)}
 
-    def quantize(
-        self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None
-    ) -> tuple[Params, Codes]:
-        """Scales never worse than max |w| / highest value, and the nearest codes. Slices of rows that are quantized
-        apart begin at multiples of 128 rows where blocks do."""
-        params = self.fit(weights, importance, shared)
-        return params, self.encode(weights, params)
-
     def fit(self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None) -> Params:
-        """The scales: that of a tensor as it is prepared, others by a search over one octave."""
+        """The scales: that of a tensor as it is prepared, others by a search over one octave, never worse than
+        max |w| / highest value. Slices of rows that are quantized apart begin at multiples of 128 rows where blocks do.
+        """
         from anyquant.grids.kernels import minifloat
 
         params = self.plain(weights, shared)

@@ -52,15 +52,11 @@ class IntegerGrid(Grid):
         scale = np.where(scale > 0, scale, np.float32(1))
         return self._stored(self._rounded(scale), np.full((1, 1), self.search.middle, np.float32))
 
-    def quantize(
-        self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None
-    ) -> tuple[Params, Codes]:
-        """The best parameters that the search finds, never worse than plain rounding, and the nearest codes."""
-        params = self.fit(weights, importance, shared)
-        return params, self.encode(weights, params)
-
     def fit(self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None) -> Params:
-        """Scales, and zero-points. `shared` holds those of "tensor" grids; without it, `weights` are the matrix."""
+        """Scales, and zero-points: the best that the search finds, never worse than plain rounding.
+
+        `shared` holds those of "tensor" grids; without it, `weights` are the matrix.
+        """
         if self.search.group == MATRIX and shared is not None:
             return {parameter.name: shared[parameter.name] for parameter in self.parameters}
         scale, zero = self.search.find(weights, importance)

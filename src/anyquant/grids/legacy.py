@@ -37,18 +37,11 @@ class LegacyGrid(Grid):
     ladders: tuple[Ladder, ...] = ()
     path: tuple[float, ...] = ()
 
-    def quantize(
-        self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None
-    ) -> tuple[Params, Codes]:
-        """The best d (and m) that the search finds, and the nearest codes under it.
+    def fit(self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None) -> Params:
+        """The best d (rows, in / 32) float16 that the search finds, and m for affine grids.
 
         `weights` (rows, in) finite; values beyond what float16 d can reach saturate.
         """
-        params = self.fit(weights, importance, shared)
-        return params, self.encode(weights, params)
-
-    def fit(self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None) -> Params:
-        """d (rows, in / 32) float16, and m for affine grids."""
         if not self.ladders:
             return {"d": _largest_on_127(weights)}
         important = importance is not None

@@ -47,13 +47,6 @@ class Microscaling(Grid):
     def group(self) -> int:
         return self.block[1]
 
-    def quantize(
-        self, weights: Float32, importance: Float32 | None = None, shared: Params | None = None
-    ) -> tuple[Params, Codes]:
-        """The scales of least weighted error, never worse than the plain ones, and the nearest codes."""
-        params = self.fit(weights, importance, shared)
-        return params, self.encode(weights, params)
-
     def encode(self, weights: Float32, params: Params, columns: slice | None = None) -> Codes:
         """The patterns nearest to w / scale, ties to even, saturating, 0 where the scale is 0; compiled."""
         from anyquant.grids.kernels import minifloat

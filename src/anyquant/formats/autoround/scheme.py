@@ -22,10 +22,10 @@ from anyquant.core.errors import BadInputError, UnsupportedError
 from anyquant.core.plan import Decision, Plan
 from anyquant.formats.awq import layouts as awq
 from anyquant.formats.folder.format import FolderFormat
+from anyquant.formats.folder.integers import IntegerGridName, parse
 from anyquant.formats.folder.modules import FLOATS, ModuleLayout
-from anyquant.formats.folder.scheme import Found, Module, Scheme
+from anyquant.formats.folder.scheme import FLOAT_PRESETS, Found, Module, Scheme
 from anyquant.formats.gptq import layouts as gptq
-from anyquant.formats.gptq.layouts import IntegerGridName, parse
 from anyquant.formats.gptq.reading import G_IDX, measured, named, quantized_paths, settings_of
 from anyquant.formats.gptq.scheme import MULTIPLE, names_of, refuse_modules
 from anyquant.models.architecture import Architecture
@@ -46,7 +46,7 @@ PRESETS = {
     "W4A16": "int4-g128",
     "W8A16": "int8-g128",
     "W4A16_ASYM": "int4-g128-asym",
-    **{grid.upper(): grid for grid in FLOATS},
+    **FLOAT_PRESETS,
 }
 
 

@@ -16,11 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from anyquant.core.dtypes import Bytes, to_float32
-from anyquant.core.errors import UnsupportedError
 from anyquant.core.qtensor import QTensor
-from anyquant.formats.folder.modules import Along, Stored
-from anyquant.formats.folder.packing import pack_bits, unpack_bits
-from anyquant.formats.gptq.layouts import (
+from anyquant.formats.folder.integers import (
     LONG_RUNS,
     IntegerGridName,
     exact_scales,
@@ -30,6 +27,8 @@ from anyquant.formats.gptq.layouts import (
     unsigned,
     zero_points,
 )
+from anyquant.formats.folder.modules import Along, Stored, refuse_reordered
+from anyquant.formats.folder.packing import pack_bits, unpack_bits
 
 BITS = 4
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -60,10 +59,9 @@ class PackedOutputs:
 
     def pack(self, rows: QTensor, shape: tuple[int, int]) -> Sequence[Bytes]:
         """Raises UnsupportedError for scales that float16 cannot hold, and for reordered columns."""
-        if rows.column_groups is not None:
-            raise UnsupportedError("AWQ has no place for reordered columns (act-order); GPTQ has")
+        refuse_reordered(rows, "AWQ")
         return [
-            _interleaved(transposed(unsigned(rows, self.name))),
+            _interleaved(transposed(unsigned(rows.codes, BITS))),
             _interleaved(transposed(zero_points(rows, self.name))),
             exact_scales(transposed(rows.params["scale"]), self.scales),
         ]

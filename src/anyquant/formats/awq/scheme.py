@@ -16,7 +16,7 @@ from anyquant.core.plan import Plan
 from anyquant.formats.awq.layouts import BITS, EACH, PackedOutputs, layout
 from anyquant.formats.folder.format import FolderFormat
 from anyquant.formats.folder.modules import FLOATS
-from anyquant.formats.folder.scheme import HEAD_MODULE, Found, Module, Scheme, float_modules
+from anyquant.formats.folder.scheme import FLOAT_PRESETS, HEAD_MODULE, Found, Module, Scheme, float_modules
 from anyquant.formats.gptq.reading import measured, named, quantized_paths, settings_of
 from anyquant.formats.gptq.scheme import refuse_modules
 from anyquant.models.architecture import Architecture
@@ -25,7 +25,7 @@ PRESETS = {
     "W4A16_ASYM": "int4-g128-asym",
     "W4A16_ASYM_G64": "int4-g64-asym",
     "W4A16": "int4-g128",
-    **{grid.upper(): grid for grid in FLOATS},
+    **FLOAT_PRESETS,
 }
 HOLDS = f"{', '.join(FLOATS)}, int4-gN and int4-channel (each with -asym and -f16)"
 

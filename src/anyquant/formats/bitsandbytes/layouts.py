@@ -15,7 +15,7 @@ import numpy as np
 from anyquant.core.dtypes import DTYPES, Bytes, Float32
 from anyquant.core.errors import BadInputError, UnsupportedError
 from anyquant.core.qtensor import QTensor
-from anyquant.formats.folder.modules import FLOATS, Along, ModuleLayout, Stored
+from anyquant.formats.folder.modules import FLOATS, Along, ModuleLayout, Stored, refuse_reordered
 from anyquant.grids import grid as find_grid
 from anyquant.grids.fourbit import TABLES
 
@@ -88,7 +88,7 @@ class TableLayout:
         return found
 
     def pack(self, rows: QTensor, shape: tuple[int, int]) -> Sequence[Bytes]:
-        refuse_reordered(rows)
+        refuse_reordered(rows, "bitsandbytes")
         packed = rows.codes[:, 0::2] << np.uint8(4) | rows.codes[:, 1::2]
         maxima = np.ascontiguousarray(rows.params["absmax"], dtype="<f4").view(np.uint8)
         levels = np.array(TABLES[self.kind], dtype="<f4") + np.float32(0)  # its map has no negative zero
@@ -146,7 +146,7 @@ class IntegerLayout:
 
     def pack(self, rows: QTensor, shape: tuple[int, int]) -> Sequence[Bytes]:
         """Raises UnsupportedError for scales that do not come back from what is stored."""
-        refuse_reordered(rows)
+        refuse_reordered(rows, "bitsandbytes")
         scale = rows.params["scale"]
         with np.errstate(over="ignore"):
             maxima = scale * HIGHEST
@@ -163,12 +163,6 @@ class IntegerLayout:
             )
         scale = (raw[1].view("<f4").astype(np.float64) / 127).astype(np.float32).reshape(rows, 1)
         return QTensor(find_grid(self.grid), (rows, shape[1]), raw[0].view(np.int8).reshape(rows, -1), {"scale": scale})
-
-
-def refuse_reordered(rows: QTensor) -> None:
-    """Raise UnsupportedError for columns in groups that do not follow each other."""
-    if rows.column_groups is not None:
-        raise UnsupportedError("bitsandbytes has no place for reordered columns")
 
 
 def layout(grid_name: str) -> ModuleLayout:

@@ -28,7 +28,7 @@ from anyquant.formats.bitsandbytes.layouts import (
 )
 from anyquant.formats.folder.format import FolderFormat
 from anyquant.formats.folder.modules import FLOATS, ModuleLayout
-from anyquant.formats.folder.scheme import Found, Module, Scheme, float_modules
+from anyquant.formats.folder.scheme import FLOAT_PRESETS, Found, Module, Scheme, float_modules
 from anyquant.models.architecture import Architecture
 from anyquant.store.strict_json import parse_json
 
@@ -38,7 +38,7 @@ PRESETS = {
     "NF4": "nf4-g64",
     "FP4": "fp4-g64",
     "INT8": "int8-channel",
-    **{grid.upper(): grid for grid in FLOATS},
+    **FLOAT_PRESETS,
 }
 TORCH_TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 STATE_NAME = re.compile(rf"(.+)\.weight\.{re.escape(STATE)}(nf4|fp4)")

@@ -17,15 +17,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from anyquant.core.dtypes import Bytes, Float32, from_float32, to_float32
+from anyquant.core.dtypes import Bytes, Float32, from_float32_exactly, to_float32
 from anyquant.core.errors import BadInputError, UnsupportedError
-from anyquant.core.grid import Grid
+from anyquant.core.grid import Codes, Grid
 from anyquant.core.qtensor import QTensor
-from anyquant.formats.folder.modules import FLOATS, Along, ModuleLayout, Stored
+from anyquant.formats.folder.integers import IntegerGridName, parse, signed, transposed, unsigned
+from anyquant.formats.folder.modules import FLOATS, Along, ModuleLayout, Stored, refuse_reordered
 from anyquant.formats.folder.packing import pack_bits, packed_words, to_words, unpack_bits
 from anyquant.grids import grid as find_grid
 
-INTEGER = re.compile(r"int([2-8])-(?:g(\d+)|(channel|tensor))(-asym)?(-f16)?")
+NAME = "compressed-tensors"  # which has no order of columns since 0.18
 FP8 = re.compile(r"fp8_e4m3-(tensor|channel|block)")
 PLAIN = ":plain"  # behind the name of an integer grid: one byte each
 TILE = 128  # rows and columns of a block of fp8_e4m3-block
@@ -48,124 +49,96 @@ class Layout(ModuleLayout, Protocol):
 
 @dataclass(frozen=True)
 class IntegerLayout:
-    """Integers of `bits` in groups of `group` columns of a row (0: whole rows): weight = scale * (code - zero).
+    """Integers in groups of columns of a row, or whole rows: weight = scale * (code - zero).
 
-    Codes lie biased by 2^(bits - 1), the first column lowest, rows filled up to whole words. Scales are bfloat16, or
-    float16 if `half`, as the grid has them. Zero-points lie packed along the rows. A last tensor holds the shape.
+    Codes lie biased by 2^(bits - 1), the first column lowest, rows filled up to whole words. Scales are bfloat16 or
+    float16, as the grid has them. Zero-points lie packed along the rows. A last tensor holds the shape.
     """
 
-    bits: int
-    group: int = 0
-    asymmetric: bool = False
-    half: bool = False
+    name: IntegerGridName
     quantized: bool = True
     format: str = "pack-quantized"
 
     @property
     def grid(self) -> str:
-        reach = f"g{self.group}" if self.group else "channel"
-        return f"int{self.bits}-{reach}{'-asym' if self.asymmetric else ''}{'-f16' if self.half else ''}"
+        return self.name.grid
 
     @property
     def row_multiple(self) -> int:
         """Rows whose zero-points share words."""
-        return 32 // self.bits if self.asymmetric else 1
+        return 32 // self.name.bits if self.name.asymmetric else 1
 
     def tensors(self, rows: int, columns: int) -> Sequence[Stored]:
-        groups = columns // self.group if self.group else 1
+        groups = self.name.groups(columns)
         found = [
-            Stored("weight_packed", "I32", (rows, packed_words(columns, self.bits))),
-            Stored("weight_scale", SCALES[self.half], (rows, groups)),
+            Stored("weight_packed", "I32", (rows, packed_words(columns, self.name.bits))),
+            Stored("weight_scale", SCALES[self.name.half], (rows, groups)),
         ]
-        if self.asymmetric:
-            words = packed_words(rows, self.bits)
+        if self.name.asymmetric:
+            words = packed_words(rows, self.name.bits)
             found.append(Stored("weight_zero_point", "I32", (words, groups), per=self.row_multiple))
         return [*found, Stored("weight_shape", "I64", (2,), Along.ONCE)]
 
     def pack(self, rows: QTensor, shape: tuple[int, int]) -> Sequence[Bytes]:
-        words = to_words(pack_bits(self._biased(rows), self.bits), packed_words(shape[1], self.bits))
-        found = [words, scale_bytes(rows.params["scale"], self.half)]
-        if self.asymmetric:
-            zero = np.ascontiguousarray(rows.params["zero"].T)
-            packed = to_words(pack_bits(zero, self.bits), packed_words(zero.shape[1], self.bits))
-            found.append(np.ascontiguousarray(packed.view("<u4").T).view(np.uint8))
+        refuse_reordered(rows, NAME)
+        bits = self.name.bits
+        words = to_words(pack_bits(unsigned(rows.codes, bits), bits), packed_words(shape[1], bits))
+        found = [words, scale_bytes(rows.params["scale"], self.name.half)]
+        if self.name.asymmetric:
+            zero = transposed(rows.params["zero"])
+            packed = to_words(pack_bits(zero, bits), packed_words(zero.shape[1], bits))
+            found.append(transposed(packed.view("<u4")).view(np.uint8))
         return [*found, np.array(shape, dtype="<i8").view(np.uint8)]
 
     def unpack(self, raw: Sequence[Bytes], rows: int, shape: tuple[int, int]) -> QTensor:
-        codes = unpack_bits(raw[0].reshape(rows, -1), self.bits, shape[1])
-        if not self.asymmetric:
-            codes = (codes.astype(np.int16) - (1 << (self.bits - 1))).astype(np.int8)
-        params = {"scale": to_float32(raw[1], SCALES[self.half]).reshape(rows, -1)}
-        if self.asymmetric:
+        codes = unpack_bits(raw[0].reshape(rows, -1), self.name.bits, shape[1])
+        params: dict[str, Codes] = {"scale": to_float32(raw[1], SCALES[self.name.half]).reshape(rows, -1)}
+        if self.name.asymmetric:
             groups = params["scale"].shape[1]
-            words = np.ascontiguousarray(raw[2].view("<u4").reshape(-1, groups).T).view(np.uint8)
-            params["zero"] = np.ascontiguousarray(unpack_bits(words, self.bits, rows).T)
+            words = transposed(raw[2].view("<u4").reshape(-1, groups)).view(np.uint8)
+            params["zero"] = transposed(unpack_bits(words, self.name.bits, rows))
         _expect_shape(raw[-1], shape)
-        return QTensor(find_grid(self.grid), (rows, shape[1]), codes, params)
+        ours = codes if self.name.asymmetric else signed(codes, self.name.bits)
+        return QTensor(find_grid(self.grid), (rows, shape[1]), ours, params)
 
     def arguments(self) -> Mapping[str, Any]:
-        return {
-            "num_bits": self.bits,
-            "type": "int",
-            "symmetric": not self.asymmetric,
-            "strategy": "group" if self.group else "channel",
-            "group_size": self.group or None,
-            "dynamic": False,
-            "actorder": None,
-        }
-
-    def _biased(self, rows: QTensor) -> Bytes:
-        refuse_reordered(rows)
-        if self.asymmetric:
-            return rows.codes
-        return (rows.codes.astype(np.int16) + (1 << (self.bits - 1))).astype(np.uint8)
+        return _integer_arguments(self.name)
 
 
 @dataclass(frozen=True)
 class PlainIntegerLayout:
-    """Symmetric integers, a byte each, with a scale per group, per row (`reach` "channel") or per module: bfloat16, or
-    float16 if `half`."""
+    """Symmetric integers, a byte each, with a scale per group, per row or per module: bfloat16 or float16, as the grid
+    has them."""
 
-    bits: int
-    reach: str
-    half: bool = False
+    name: IntegerGridName
     quantized: bool = True
     row_multiple: int = 1
     format: str = "int-quantized"
 
     @property
     def grid(self) -> str:
-        return f"int{self.bits}-{self.reach}{'-f16' if self.half else ''}"
+        return self.name.grid
 
     def tensors(self, rows: int, columns: int) -> Sequence[Stored]:
-        shape: tuple[int, ...] = (1,) if self.reach == "tensor" else (rows, 1)
-        if self.reach.startswith("g"):
-            shape = (rows, columns // int(self.reach[1:]))
-        along = Along.ONCE if self.reach == "tensor" else Along.ROWS
-        return [Stored("weight", "I8", (rows, columns)), Stored("weight_scale", SCALES[self.half], shape, along)]
+        scale = SCALES[self.name.half]
+        found = Stored("weight_scale", scale, (rows, self.name.groups(columns)))
+        if self.name.reach == "tensor":
+            found = Stored("weight_scale", scale, (1,), Along.ONCE)
+        return [Stored("weight", "I8", (rows, columns)), found]
 
     def pack(self, rows: QTensor, shape: tuple[int, int]) -> Sequence[Bytes]:
-        refuse_reordered(rows)
+        refuse_reordered(rows, NAME)
         codes = np.ascontiguousarray(rows.codes, dtype=np.int8)
-        return [codes.view(np.uint8), scale_bytes(rows.params["scale"], self.half)]
+        return [codes.view(np.uint8), scale_bytes(rows.params["scale"], self.name.half)]
 
     def unpack(self, raw: Sequence[Bytes], rows: int, shape: tuple[int, int]) -> QTensor:
-        scale = to_float32(raw[1], SCALES[self.half])
-        scale = scale.reshape(1 if self.reach == "tensor" else rows, -1)
+        scale = to_float32(raw[1], SCALES[self.name.half])
+        scale = scale.reshape(1 if self.name.reach == "tensor" else rows, -1)
         codes = raw[0].view(np.int8).reshape(rows, shape[1])
         return QTensor(find_grid(self.grid), (rows, shape[1]), codes, {"scale": scale})
 
     def arguments(self) -> Mapping[str, Any]:
-        grouped = self.reach.startswith("g")
-        return {
-            "num_bits": self.bits,
-            "type": "int",
-            "symmetric": True,
-            "strategy": "group" if grouped else self.reach,
-            "group_size": int(self.reach[1:]) if grouped else None,
-            "dynamic": False,
-            "actorder": None,
-        }
+        return _integer_arguments(self.name)
 
 
 @dataclass(frozen=True)
@@ -271,6 +244,18 @@ SMALL_FLOATS = {
 }
 
 
+def _integer_arguments(name: IntegerGridName) -> Mapping[str, Any]:
+    return {
+        "num_bits": name.bits,
+        "type": "int",
+        "symmetric": not name.asymmetric,
+        "strategy": "group" if name.group else name.reach,
+        "group_size": name.group or None,
+        "dynamic": False,
+        "actorder": None,
+    }
+
+
 def _float32(values: Float32) -> Bytes:
     return np.ascontiguousarray(values, dtype="<f4").view(np.uint8)
 
@@ -284,17 +269,11 @@ def _expect_shape(raw: Bytes, shape: tuple[int, int]) -> None:
 def scale_bytes(values: Float32, half: bool) -> Bytes:
     """The bytes of scales. Raises UnsupportedError for what their type cannot hold: the grid would not mean what is
     stored."""
-    stored = from_float32(values, SCALES[half]).reshape(len(values), -1)
-    if not np.array_equal(to_float32(stored, SCALES[half]), values.reshape(-1)):
+    stored, lost = from_float32_exactly(values, SCALES[half])
+    if lost.any():
         kind = "float16" if half else "bfloat16"
         raise UnsupportedError(f"a scale of the grid is not a {kind} number; compressed-tensors cannot hold it so")
-    return stored
-
-
-def refuse_reordered(rows: QTensor) -> None:
-    """Raise UnsupportedError for columns whose groups do not follow each other: the library has none since 0.18."""
-    if rows.column_groups is not None:
-        raise UnsupportedError("compressed-tensors has no place for reordered columns (g_idx)")
+    return stored.reshape(len(values), -1)
 
 
 def layout(name: str) -> Layout:
@@ -307,16 +286,13 @@ def layout(name: str) -> Layout:
     if match := FP8.fullmatch(name):
         return Float8Layout(match[1])
     plain = name.endswith(PLAIN)
-    match = INTEGER.fullmatch(name.removesuffix(PLAIN))
-    if match is None or (not plain and match[3] == "tensor"):
+    found = parse(name.removesuffix(PLAIN), tensor=plain)
+    if found is None:
         raise UnsupportedError(f"compressed-tensors has no place for grid {name!r}; it holds {HOLDS}")
-    bits, group, asymmetric, half = int(match[1]), int(match[2] or 0), match[4] is not None, match[5] is not None
-    if asymmetric and (plain or 32 % bits):
-        what = "as bytes, for rounded activations" if plain else f"of {bits} bits"
+    if found.asymmetric and (plain or 32 % found.bits):
+        what = "as bytes, for rounded activations" if plain else f"of {found.bits} bits"
         raise UnsupportedError(
             f"compressed-tensors: {name.removesuffix(PLAIN)} {what}: engines read no zero-points there; "
             "use a symmetric grid"
         )
-    if plain:
-        return PlainIntegerLayout(bits, match[3] or f"g{group}", half)
-    return IntegerLayout(bits, group, asymmetric, half)
+    return PlainIntegerLayout(found) if plain else IntegerLayout(found)

@@ -13,7 +13,8 @@ import numpy as np
 
 from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.errors import BadInputError, UnsupportedError
-from anyquant.formats.compressed_tensors.layouts import INTEGER, PLAIN, SCALES, SMALL_FLOATS, Layout, layout
+from anyquant.formats.compressed_tensors.layouts import PLAIN, SCALES, SMALL_FLOATS, Layout, layout
+from anyquant.formats.folder.integers import parse
 
 CLASSES = ("Linear", "Embedding")
 SCALE, PACKED = ".weight_scale", ".weight_packed"
@@ -59,7 +60,7 @@ def find_modules(stored: Checkpoint) -> dict[str, tuple[str, tuple[int, int]]]:
         group = _one(groups, path, where)
         met.add(group.name)
         variant = group.variant
-        if INTEGER.fullmatch(variant.removesuffix(PLAIN)) and stored.spec(path + SCALE).dtype == SCALES[True]:
+        if parse(variant.removesuffix(PLAIN), tensor=True) and stored.spec(path + SCALE).dtype == SCALES[True]:
             variant = f"{variant.removesuffix(PLAIN)}-f16{PLAIN if variant.endswith(PLAIN) else ''}"
         found[path] = (variant, _shape(stored, path, layout(variant)))
     for path in sorted(name.removesuffix(PACKED) for name in names if name.endswith(PACKED)):
@@ -122,7 +123,7 @@ def _variant(weights: Mapping[str, Any], form: Any, where: str) -> str:
         found = f"fp8_e4m3-{reach}"
     else:
         found = f"int{bits}-{reach}{'-asym' if asymmetric else ''}"
-        if form in ("int-quantized", "naive-quantized") and INTEGER.fullmatch(found):
+        if form in ("int-quantized", "naive-quantized") and parse(found, tensor=True):
             found += PLAIN
     try:
         described = layout(found)

@@ -14,9 +14,10 @@ from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.linear import Role
 from anyquant.core.plan import Activation, Decision, Plan
 from anyquant.formats.compressed_tensors.inputs import SUFFIXES, arguments, input_scales
-from anyquant.formats.compressed_tensors.layouts import INTEGER, PLAIN, Layout, layout
+from anyquant.formats.compressed_tensors.layouts import PLAIN, Layout, layout
 from anyquant.formats.compressed_tensors.reading import find_modules
 from anyquant.formats.folder.format import FolderFormat
+from anyquant.formats.folder.integers import parse
 from anyquant.formats.folder.modules import FLOATS
 from anyquant.formats.folder.scheme import Found, InputScale, Module, Scheme, float_modules
 from anyquant.grids import grid as find_grid
@@ -47,7 +48,7 @@ class CompressedTensors(Scheme):
         """Integers that meet rounded integers lie a byte each, as the engines that multiply them read them."""
         rounded = decision.input_activation
         plain = rounded is not None and find_grid(rounded.grid).family.startswith("integer")
-        return decision.grid + (PLAIN if plain and INTEGER.fullmatch(decision.grid) else "")
+        return decision.grid + (PLAIN if plain and parse(decision.grid, tensor=True) else "")
 
     def layout(self, name: str) -> Layout:
         return layout(name)

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from anyquant.core.dtypes import Bytes, Float32, from_float32, to_float32
+from anyquant.core.dtypes import Bytes, Float32, from_float32_exactly, to_float32
 from anyquant.core.errors import BadInputError, UnsupportedError
 from anyquant.core.grid import Parameter, Params, Scope
 from anyquant.core.qtensor import QTensor
 from anyquant.formats.folder.extra import Extra, Shape, sized
-from anyquant.formats.folder.modules import Along, Stored
+from anyquant.formats.folder.modules import Along, Stored, refuse_reordered
 from anyquant.formats.folder.packing import pack_bits, unpack_bits
 from anyquant.grids import grid as find_grid
 
@@ -72,7 +72,7 @@ class ScaledLayout:
         return "U8" if self.bits < 8 else STORED_KINDS[self.grid.partition("_")[2].partition("-")[0]]
 
     def pack(self, rows: QTensor, shape: tuple[int, int]) -> Sequence[Bytes]:
-        refuse_reordered(rows)
+        refuse_reordered(rows, f"{self.grid} in this format")
         codes, scale = pack_bits(rows.codes, self.bits), np.ascontiguousarray(rows.params["scale"]).reshape(-1)
         if scale.dtype == np.float32:
             scale = self._stored(scale)
@@ -82,8 +82,8 @@ class ScaledLayout:
         """Scales as the folder has them. Raises UnsupportedError for one that its type cannot hold."""
         if self.scale_dtype not in SCALE_FLOATS:
             return exponents_of(scale, self.scale)
-        stored = from_float32(scale, self.scale_dtype)
-        if not np.array_equal(to_float32(stored, self.scale_dtype), scale):
+        stored, lost = from_float32_exactly(scale, self.scale_dtype)
+        if lost.any():
             raise UnsupportedError(f"{self.scale}: a scale of {self.grid} is no {self.scale_dtype} number")
         return stored
 
@@ -122,7 +122,7 @@ class NvLayout:
 
     def pack(self, rows: QTensor, shape: tuple[int, int]) -> Sequence[Bytes]:
         """Raises UnsupportedError for a scale of the matrix that its reciprocal does not give back."""
-        refuse_reordered(rows)
+        refuse_reordered(rows, f"{self.grid} in this format")
         whole = rows.params["global_scale"]
         reciprocal = (np.float32(1) / whole).astype("<f4")
         if not np.array_equal(np.float32(1) / reciprocal, whole):
@@ -148,9 +148,3 @@ def exponents_of(scale: Float32, name: str) -> Bytes:
     if not np.all(fraction == 0.5) or scale.min() < LEAST or scale.max() > MOST:
         raise UnsupportedError(f"{name}: a scale is no power of two, which is all that it can hold")
     return (exponent - 1 + BIAS).astype(np.uint8)
-
-
-def refuse_reordered(rows: QTensor) -> None:
-    """Raise UnsupportedError for columns in groups that do not follow each other."""
-    if rows.column_groups is not None:
-        raise UnsupportedError(f"{rows.grid.name}: reordered columns have no place beside small floats")

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from anyquant.core.dtypes import DTYPES, Bytes, from_float32, to_float32
+from anyquant.core.dtypes import DTYPES, Bytes, from_float32_exactly, to_float32
 from anyquant.core.errors import UnsupportedError
 from anyquant.core.plan import Place
 from anyquant.core.qtensor import QTensor
@@ -123,12 +123,16 @@ class FloatLayout:
         return QTensor(grid, (rows, shape[1]), codes, {})
 
 
+def refuse_reordered(rows: QTensor, name: str) -> None:
+    """Raise UnsupportedError for columns in groups that do not follow each other, which `name` does not have."""
+    if rows.column_groups is not None:
+        raise UnsupportedError(f"{name} has no place for reordered columns (act-order); quantize without")
+
+
 def narrowed(raw: Bytes, dtype: str, name: str) -> Bytes:
     """The bytes of float32 values as those of `dtype`. Raises UnsupportedError for a value that it does not hold."""
     values = np.ascontiguousarray(raw).reshape(-1).view(np.float32)
-    with np.errstate(over="ignore"):
-        stored = np.ascontiguousarray(from_float32(values, dtype)).view(np.uint8)
-    lost = to_float32(stored, dtype) != values
+    stored, lost = from_float32_exactly(values, dtype)
     if lost.any():
         raise UnsupportedError(
             f"{name}: {values[lost][0]!s} is not a number of {dtype}, the model's type, in which it would be stored; "

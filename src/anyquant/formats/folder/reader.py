@@ -1,21 +1,19 @@
 """A quantized folder as a Checkpoint: the tensor names of the model it was made from, values decoded when read."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
-from anyquant.core.checkpoint import Checkpoint, TensorSpec
+from anyquant.core.checkpoint import TensorSpec
 from anyquant.core.dtypes import Bytes
 from anyquant.core.errors import AnyQuantError, BadInputError
 from anyquant.core.plan import Place
 from anyquant.core.qtensor import QTensor
-from anyquant.formats.folder.config import CONFIG, without_settings
 from anyquant.formats.folder.modules import FLOAT_GRIDS, OWN, ModuleLayout, Stored, widened
 from anyquant.formats.folder.scheme import Scheme
+from anyquant.formats.folder.stored import StoredFolder
 
 BLOCK_WEIGHTS = 1 << 22  # decoded at a time
 
@@ -35,23 +33,10 @@ class StoredModule:
 
 
 @dataclass(frozen=True, eq=False)
-class QuantizedFolder:
-    """`stored` is the folder as it is on disk. Weights of quantized modules are float32, all else as stored."""
+class QuantizedFolder(StoredFolder):
+    """Weights of quantized modules are float32, all else as stored."""
 
-    stored: Checkpoint
     scheme: Scheme
-
-    @property
-    def location(self) -> str:
-        return self.stored.location
-
-    @cached_property
-    def config(self) -> Mapping[str, Any]:
-        return without_settings(self.stored.config)
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        return self.stored.metadata
 
     @cached_property
     def modules(self) -> Mapping[str, StoredModule]:
@@ -99,12 +84,6 @@ class QuantizedFolder:
         if module is None:
             return self.stored.spec(name)
         return TensorSpec(name, "F32", module.shape, 4 * module.shape[0] * module.shape[1])
-
-    def text_file(self, name: str) -> bytes | None:
-        """The folder's own, config.json as it was before anything was quantized."""
-        if name == CONFIG:
-            return json.dumps(self.config, indent=2, ensure_ascii=False).encode()
-        return self.stored.text_file(name)
 
     def grid_of(self, name: str) -> str | None:
         """The grid on which a tensor lies; None for one that is stored in float."""

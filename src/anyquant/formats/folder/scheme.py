@@ -18,6 +18,8 @@ from anyquant.models.architecture import Architecture
 
 APART = (Role.EMBEDDING, Role.HEAD, Role.ROUTER)
 HEAD_MODULE = "lm_head"
+# the presets that every format has: all matrices in one float type
+FLOAT_PRESETS = {grid.upper(): grid for grid in FLOATS}
 # how a module of a folder is stored: a grid in the way that the scheme writes it, or any layout; and (out, in)
 Found = tuple[str | ModuleLayout, tuple[int, int]]
 

@@ -19,7 +19,16 @@ from anyquant.formats.folder.extra import found_extras
 from anyquant.formats.folder.format import FolderFormat
 from anyquant.formats.folder.minifloat import SCALE_FLOATS, ScaledLayout
 from anyquant.formats.folder.modules import FLOATS, ModuleLayout
-from anyquant.formats.folder.scheme import APART, Found, InputScale, Module, Scheme, float_modules, refuse_apart
+from anyquant.formats.folder.scheme import (
+    APART,
+    FLOAT_PRESETS,
+    Found,
+    InputScale,
+    Module,
+    Scheme,
+    float_modules,
+    refuse_apart,
+)
 from anyquant.grids.fp8 import BLOCK
 from anyquant.models.architecture import Architecture
 
@@ -41,9 +50,7 @@ class Fp8(Scheme):
     name: str = "fp8"
     candidates: tuple[str, ...] = (BLOCKS,)
     apart: tuple[Role, ...] = APART
-    presets: Mapping[str, str] = field(
-        default_factory=lambda: {"FP8_BLOCK": BLOCKS, "FP8": TENSOR, "BF16": "bf16", "F16": "f16", "F32": "f32"}
-    )
+    presets: Mapping[str, str] = field(default_factory=lambda: {"FP8_BLOCK": BLOCKS, "FP8": TENSOR, **FLOAT_PRESETS})
 
     def layout(self, name: str) -> ModuleLayout:
         if name not in WRITTEN:

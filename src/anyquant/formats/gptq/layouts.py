@@ -16,57 +16,27 @@ auto-round 0.16, auto_round_extension/torch. What these write is the oracle of t
 """
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from anyquant.core.dtypes import Bytes, Float32, from_float32, to_float32
+from anyquant.core.dtypes import Bytes, to_float32
 from anyquant.core.errors import BadInputError, UnsupportedError
 from anyquant.core.qtensor import QTensor
+from anyquant.formats.folder.integers import (
+    LONG_RUNS,
+    IntegerGridName,
+    exact_scales,
+    from_unsigned,
+    parse,
+    transposed,
+    unsigned,
+    zero_points,
+)
 from anyquant.formats.folder.modules import Along, Stored
 from anyquant.formats.folder.packing import pack_bits, unpack_bits
-from anyquant.grids import grid as find_grid
-
-INTEGER = re.compile(r"(int([2-8])-(?:g(\d+)|channel)(-asym)?)(?:-f16)?")
-Scalar = TypeVar("Scalar", bound=np.generic)
-LONG_RUNS = 256  # rows packed together: they lie side by side, and so fewer and longer pieces are written
-
-
-@dataclass(frozen=True)
-class IntegerGridName:
-    """What the name of an integer grid says. `group` is 0 where a scale reaches over a whole row."""
-
-    grid: str
-    bits: int
-    group: int
-    asymmetric: bool
-
-    @property
-    def middle(self) -> int:
-        """The code of zero on a symmetric grid."""
-        return 1 << (self.bits - 1)
-
-    @property
-    def highest(self) -> int:
-        return (1 << self.bits) - 1
-
-    @property
-    def group_size(self) -> int:
-        """As configs have it."""
-        return self.group or -1
-
-    def groups(self, columns: int) -> int:
-        return columns // self.group if self.group else 1
-
-
-def parse(grid: str) -> IntegerGridName | None:
-    """The parts of a grid's name, or None where it is no integer grid with scales by group or row."""
-    match = INTEGER.fullmatch(grid)
-    return match and IntegerGridName(grid, int(match[2]), int(match[3] or 0), match[4] is not None)
 
 
 @dataclass(frozen=True)
@@ -104,8 +74,7 @@ class PackedInputs:
         columns that the layout has no place for."""
         if rows.column_groups is not None and not self.ordered:
             raise UnsupportedError(f"reordered columns (act-order) need a layout with g_idx, not {self.grid}")
-        codes = unsigned(rows, self.name)
-        words = pack_bits(codes, self.name.bits).view("<u4")
+        words = pack_bits(unsigned(rows.codes, self.name.bits), self.name.bits).view("<u4")
         zero = zero_points(rows, self.name)
         if self.version == 1:
             if not zero.all():
@@ -174,53 +143,6 @@ class PackedInputs:
 def natural(columns: int, groups: int) -> npt.NDArray[np.int32]:
     """The group of each column where groups follow each other."""
     return (np.arange(columns) // (columns // groups)).astype(np.int32)
-
-
-def transposed(values: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
-    return np.ascontiguousarray(values.T)
-
-
-def unsigned(rows: QTensor, name: IntegerGridName) -> Bytes:
-    """Codes counted from 0, uint8."""
-    if name.asymmetric:
-        return rows.codes
-    return (rows.codes.astype(np.int16) + name.middle).astype(np.uint8)
-
-
-def zero_points(rows: QTensor, name: IntegerGridName) -> Bytes:
-    """The code of zero of every group, uint8 (rows, groups)."""
-    if name.asymmetric:
-        return np.asarray(rows.params["zero"], dtype=np.uint8)
-    return np.full(rows.params["scale"].shape, name.middle, dtype=np.uint8)
-
-
-def from_unsigned(
-    name: IntegerGridName, codes: Bytes, scale: Float32, zero: Bytes, order: npt.NDArray[np.int32] | None = None
-) -> QTensor:
-    """Codes counted from 0 on their grid. Raises BadInputError for zero-points that a symmetric grid does not have."""
-    grid = find_grid(name.grid)
-    if name.asymmetric:
-        return QTensor(grid, codes.shape, codes, {"scale": scale, "zero": zero}, order)
-    if (zero != name.middle).any():
-        wrong = int(zero[zero != name.middle][0])
-        raise BadInputError(
-            f"a zero-point is {wrong}, and the settings say that {name.bits}-bit weights are symmetric around "
-            f"{name.middle}; correct the settings"
-        )
-    return QTensor(grid, codes.shape, (codes.astype(np.int16) - name.middle).astype(np.int8), {"scale": scale}, order)
-
-
-def exact_scales(values: Float32, dtype: str = "F16") -> Bytes:
-    """The bytes of `values` as F16 or BF16. Raises UnsupportedError for what that cannot hold."""
-    with np.errstate(over="ignore"):
-        stored = from_float32(values, dtype)
-    same = to_float32(stored, dtype) == values.reshape(-1)
-    if not same.all():
-        wrong = float(values.reshape(-1)[~same][0])
-        raise UnsupportedError(
-            f"a scale is {wrong:.9g}, which {dtype} cannot hold; quantize to a grid with -f16 in its name"
-        )
-    return stored
 
 
 def layout(variant: str) -> PackedInputs | None:

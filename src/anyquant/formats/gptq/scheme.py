@@ -7,7 +7,7 @@ Source: GPTQModel 7.6 (quantization/config.py, `dynamic`), transformers 5.17 (GP
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from anyquant.core.checkpoint import Checkpoint
@@ -15,9 +15,10 @@ from anyquant.core.errors import UnsupportedError
 from anyquant.core.linear import Role
 from anyquant.core.plan import Decision, Plan
 from anyquant.formats.folder.format import FUSED, FolderFormat
+from anyquant.formats.folder.integers import IntegerGridName, parse
 from anyquant.formats.folder.modules import FLOATS
-from anyquant.formats.folder.scheme import APART, Found, Module, Scheme
-from anyquant.formats.gptq.layouts import IntegerGridName, PackedInputs, layout, parse
+from anyquant.formats.folder.scheme import APART, FLOAT_PRESETS, Found, Module, Scheme
+from anyquant.formats.gptq.layouts import PackedInputs, layout
 from anyquant.formats.gptq.reading import BITS, find_modules
 from anyquant.models.architecture import Architecture
 
@@ -30,7 +31,7 @@ PRESETS = {
     "W4A16_G32": "int4-g32",
     "W4A16_ASYM": "int4-g128-asym",
     "W8A16": "int8-g128",
-    **{grid.upper(): grid for grid in FLOATS},
+    **FLOAT_PRESETS,
 }
 # an option of a decision whose rows come with reordered columns (QTensor.column_groups)
 ORDERED = "act_order"
@@ -128,12 +129,8 @@ def refuse_modules(modules: Iterable[Module], multiple: int, *, across: int = 0)
 def names_of(modules: Iterable[Module]) -> list[IntegerGridName]:
     """The grids of quantized modules, as far as settings tell them apart."""
     found = [parse(module.grid) for module in modules if module.grid not in FLOATS]
-    return [_same_scales(name) for name in found if name is not None]
-
-
-def _same_scales(name: IntegerGridName) -> IntegerGridName:
-    """Without what settings do not tell: float16 scales, where others are bfloat16 values in float16."""
-    return IntegerGridName(name.grid.removesuffix("-f16"), name.bits, name.group, name.asymmetric)
+    # not by float16 scales, where others are bfloat16 values in float16
+    return [replace(name, half=False) for name in found if name is not None]
 
 
 def _exceptions(base: IntegerGridName, modules: Iterable[Module]) -> Iterable[tuple[str, dict[str, Any]]]:

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from anyquant.core.dtypes import DTYPES, Bytes, Float32, from_float32, to_float32
+from anyquant.core.dtypes import DTYPES, Bytes, Float32, from_float32_exactly, to_float32
 from anyquant.core.errors import UnsupportedError
 from anyquant.core.qtensor import QTensor
-from anyquant.formats.folder.modules import FLOATS, Along, Stored
+from anyquant.formats.folder.integers import middle_of, parse, signed, unsigned
+from anyquant.formats.folder.modules import FLOATS, Along, Stored, refuse_reordered
 from anyquant.grids import grid as find_grid
 
-INTEGER = re.compile(r"int([234568])-(?:g(\d+)|(channel))(-asym)?(-f16)?")
 FLOAT_ZERO = re.compile(r"hqq([1234568])-g(\d+)")
 WHOLE = 1 << 30  # more rows than any matrix has
 TORCH_NAMES = {"F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16"}
@@ -113,33 +113,28 @@ class GroupLayout:
 
     def pack(self, rows: QTensor, shape: tuple[int, int]) -> Sequence[Bytes]:
         """Raises UnsupportedError for parameters that the stored type does not hold."""
-        if rows.column_groups is not None:
-            raise UnsupportedError("HQQ has no place for reordered columns")
+        refuse_reordered(rows, "HQQ")
         if self.packing.parts > 1 and rows.shape[0] != shape[0]:
             raise UnsupportedError(f"HQQ packs {self.bits} bits of a whole matrix, and these are some of its rows")
-        group, middle = self.group or shape[1], 1 << (self.bits - 1)
-        symmetric = "zero" not in rows.params
-        codes = rows.codes.astype(np.int16) + middle if symmetric else rows.codes
         scale = rows.params["scale"]
-        zero = np.full_like(scale, middle) if symmetric else rows.params["zero"].astype(np.float32)
-        packed = self.packing.pack(codes.astype(np.uint8).reshape(-1, group))
-        raw = [packed, self._exact(scale, "scale"), self._exact(zero, "zero-point")]
+        zero = rows.params["zero"] if "zero" in rows.params else np.full_like(scale, middle_of(self.bits))
+        packed = self.packing.pack(unsigned(rows.codes, self.bits).reshape(-1, self.group or shape[1]))
+        raw = [packed, self._exact(scale, "scale"), self._exact(zero.astype(np.float32), "zero-point")]
         return [*raw, *(data for *_, data in self._facts(shape))]
 
     def unpack(self, raw: Sequence[Bytes], rows: int, shape: tuple[int, int]) -> QTensor:
-        group, middle = self.group or shape[1], 1 << (self.bits - 1)
+        group = self.group or shape[1]
         codes = self.packing.unpack(raw[0], rows * shape[1] // group, group).reshape(rows, shape[1])
         scale, zero = (to_float32(one, self.dtype).reshape(rows, -1) for one in raw[1:3])
         grid = find_grid(self.grid)
         names = {parameter.name: parameter.dtype for parameter in grid.parameters}
         if "zero" in names:
             return QTensor(grid, (rows, shape[1]), codes, {"scale": scale, "zero": zero.astype(names["zero"])})
-        signed = (codes.astype(np.int16) - middle).astype(np.int8)
-        return QTensor(grid, (rows, shape[1]), signed, {"scale": scale})
+        return QTensor(grid, (rows, shape[1]), signed(codes, self.bits), {"scale": scale})
 
     def _exact(self, values: Float32, what: str) -> Bytes:
-        raw = from_float32(np.ascontiguousarray(values, dtype=np.float32), self.dtype)
-        if not np.array_equal(to_float32(raw, self.dtype), values.reshape(-1)):
+        raw, lost = from_float32_exactly(values, self.dtype)
+        if lost.any():
             raise UnsupportedError(f"a {what} of the grid is not a number of type {self.dtype}; HQQ cannot hold it so")
         return raw
 
@@ -161,9 +156,9 @@ class GroupLayout:
 
 def layout(name: str) -> GroupLayout:
     """The layout of a grid. Raises UnsupportedError for a grid that the format cannot hold."""
-    match, free = INTEGER.fullmatch(name), FLOAT_ZERO.fullmatch(name)
-    if match is not None:
-        return GroupLayout(name, int(match[1]), int(match[2] or 0), "F16" if match[5] else "BF16")
+    whole, free = parse(name), FLOAT_ZERO.fullmatch(name)
+    if whole is not None and whole.bits in OF_BITS:
+        return GroupLayout(name, whole.bits, whole.group, "F16" if whole.half else "BF16")
     if free is not None:
         return GroupLayout(name, int(free[1]), int(free[2]), "F32")
     raise UnsupportedError(

@@ -16,7 +16,7 @@ from anyquant.core.errors import BadInputError, UnsupportedError
 from anyquant.core.plan import Plan
 from anyquant.formats.folder.format import FolderFormat
 from anyquant.formats.folder.modules import FLOATS, Along, ModuleLayout, Stored
-from anyquant.formats.folder.scheme import Found, Module, Scheme, float_modules, refuse_apart
+from anyquant.formats.folder.scheme import FLOAT_PRESETS, Found, Module, Scheme, float_modules, refuse_apart
 from anyquant.formats.hqq.layouts import OF_BITS, GroupLayout, layout
 from anyquant.models.architecture import Architecture
 
@@ -27,7 +27,7 @@ PRESETS = {
     "INT4": "int4-g64-asym",
     "INT3": "int3-g64-asym",
     "INT2": "int2-g32-asym",
-    **{grid.upper(): grid for grid in FLOATS},
+    **FLOAT_PRESETS,
 }
 FACTS = (
     *("nbits", "group_size", "axis", "shape", "packing", "unpack_view_dtype", "compute_dtype", "view_as_float"),

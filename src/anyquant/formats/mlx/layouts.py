@@ -10,7 +10,6 @@ The codes of a row are one stream of bits, the lowest first. Modes (mlx 0.32, ml
 `mx.dequantize` and mlx-lm are the oracles of the tests.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +19,13 @@ import numpy as np
 from anyquant.core.dtypes import Bytes, Float32
 from anyquant.core.errors import UnsupportedError
 from anyquant.core.qtensor import QTensor
-from anyquant.formats.folder.modules import FLOATS, OWN, Stored
+from anyquant.formats.folder.integers import middle_of, parse, signed, unsigned
+from anyquant.formats.folder.modules import FLOATS, OWN, Stored, refuse_reordered
 from anyquant.formats.folder.packing import pack_bits, unpack_bits
 from anyquant.grids import grid as find_grid
+from anyquant.grids.affine import GROUPS, WIDTHS
+from anyquant.grids.affine import PATTERN as AFFINE
 
-AFFINE = re.compile(r"affine([234568])-g(32|64|128)")
-INTEGER = re.compile(r"int([234568])-g(32|64|128)(-asym)?")
 # grid -> mode, bits, group
 SMALL_FLOATS = {
     "mxfp4": ("mxfp4", 4, 32),
@@ -63,7 +63,7 @@ class AffineLayout(MlxLayout):
         return _affine(self._words(rows, columns), (rows, columns // self.group), OWN)
 
     def pack(self, rows: QTensor, shape: tuple[int, int]) -> Sequence[Bytes]:
-        _refuse_reordered(rows)
+        refuse_reordered(rows, "mlx")
         return [pack_bits(rows.codes, self.bits), _raw(rows.params["scale"]), _raw(rows.params["bias"])]
 
     def unpack(self, raw: Sequence[Bytes], rows: int, shape: tuple[int, int]) -> QTensor:
@@ -83,24 +83,19 @@ class IntegerLayout(MlxLayout):
 
     asymmetric: bool = False
 
-    @property
-    def _middle(self) -> int:
-        return 1 << (self.bits - 1)
-
     def tensors(self, rows: int, columns: int) -> Sequence[Stored]:
         groups = rows, columns // self.group
         return _affine(self._words(rows, columns), groups, "F32" if self.asymmetric else OWN)
 
     def pack(self, rows: QTensor, shape: tuple[int, int]) -> Sequence[Bytes]:
         """Raises UnsupportedError for scales of more bits than the grid's own search gives them."""
-        _refuse_reordered(rows)
+        refuse_reordered(rows, "mlx")
         scale = rows.params["scale"]
-        zero = rows.params["zero"].astype(np.float32) if self.asymmetric else np.float32(self._middle)
+        zero = rows.params["zero"].astype(np.float32) if self.asymmetric else np.float32(middle_of(self.bits))
         bias = -(scale * zero)
         if not np.array_equal(bias.astype(np.float64), -(scale.astype(np.float64) * zero)):
             raise UnsupportedError(f"{self.grid}: a product of scale and zero-point is not a float32 number")
-        codes = rows.codes if self.asymmetric else (rows.codes.astype(np.int16) + self._middle).astype(np.uint8)
-        return [pack_bits(codes, self.bits), _raw(scale), _raw(bias)]
+        return [pack_bits(unsigned(rows.codes, self.bits), self.bits), _raw(scale), _raw(bias)]
 
     def unpack(self, raw: Sequence[Bytes], rows: int, shape: tuple[int, int]) -> QTensor:
         codes = unpack_bits(raw[0].reshape(rows, -1), self.bits, shape[1])
@@ -109,9 +104,8 @@ class IntegerLayout(MlxLayout):
         if self.asymmetric:
             zero = np.divide(-bias, scale, out=np.zeros_like(scale), where=scale != 0)
             params["zero"] = np.rint(zero).astype(np.uint8)
-        else:
-            codes = (codes.astype(np.int16) - self._middle).astype(np.int8)
-        return QTensor(find_grid(self.grid), (rows, shape[1]), codes, params)
+        ours = codes if self.asymmetric else signed(codes, self.bits)
+        return QTensor(find_grid(self.grid), (rows, shape[1]), ours, params)
 
 
 @dataclass(frozen=True)
@@ -123,7 +117,7 @@ class SmallFloatLayout(MlxLayout):
 
     def pack(self, rows: QTensor, shape: tuple[int, int]) -> Sequence[Bytes]:
         """Raises UnsupportedError for NVFP4 with a scale of the whole tensor."""
-        _refuse_reordered(rows)
+        refuse_reordered(rows, "mlx")
         whole = rows.params.get("global_scale")
         if whole is not None and (whole != 1).any():
             raise UnsupportedError(
@@ -147,8 +141,9 @@ def layout(grid_name: str) -> Kind:
         return SmallFloatLayout(name, *SMALL_FLOATS[name])
     if match := AFFINE.fullmatch(name):
         return AffineLayout(name, "affine", int(match[1]), int(match[2]))
-    if match := INTEGER.fullmatch(name):
-        return IntegerLayout(name, "affine", int(match[1]), int(match[2]), asymmetric=match[3] is not None)
+    whole = parse(name)
+    if whole is not None and whole.bits in WIDTHS and whole.group in GROUPS and not whole.half:
+        return IntegerLayout(name, "affine", whole.bits, whole.group, asymmetric=whole.asymmetric)
     raise UnsupportedError(f"mlx has no place for grid {grid_name!r}; it holds: {', '.join(FLOATS)}, {HELD}")
 
 
@@ -172,9 +167,3 @@ def _raw(values: Float32) -> Bytes:
 def _values(raw: Bytes, rows: int) -> Float32:
     found: Float32 = raw.reshape(-1).view(np.float32).reshape(rows, -1)
     return found
-
-
-def _refuse_reordered(rows: QTensor) -> None:
-    """Raise UnsupportedError for columns in groups that do not follow each other."""
-    if rows.column_groups is not None:
-        raise UnsupportedError("mlx has no place for reordered columns (act-order); quantize without")

@@ -4,7 +4,6 @@ Source: nvidia-modelopt 0.47, torch/export/quant_utils.py (pack_int4_in_uint8, t
 with files that it wrote.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,12 +15,11 @@ from anyquant.core.dtypes import DTYPES, Bytes, Float32, to_float32
 from anyquant.core.errors import BadInputError, UnsupportedError
 from anyquant.core.qtensor import QTensor
 from anyquant.formats.folder.extra import Extra
-from anyquant.formats.folder.integers import Int8Layout, finite_scales
-from anyquant.formats.folder.minifloat import NvLayout, ScaledLayout, refuse_reordered
-from anyquant.formats.folder.modules import FLOATS, Along, ModuleLayout, Stored
+from anyquant.formats.folder.integers import Int8Layout, finite_scales, parse
+from anyquant.formats.folder.minifloat import NvLayout, ScaledLayout
+from anyquant.formats.folder.modules import FLOATS, Along, ModuleLayout, Stored, refuse_reordered
 from anyquant.grids import grid as find_grid
 
-INTEGER = re.compile(r"int4-g(\d+)")
 SMOOTHING = "pre_quant_scale"
 INPUT_SCALE = "input_scale"
 # TensorRT-LLM expects the factors in modules that it does not fuse; ours are folded into the weights, if there are any
@@ -50,7 +48,7 @@ class Int4Layout:
         ]
 
     def pack(self, rows: QTensor, shape: tuple[int, int]) -> Sequence[Bytes]:
-        refuse_reordered(rows)
+        refuse_reordered(rows, "modelopt")
         low, high = (rows.codes[start::2].view(np.uint8) & np.uint8(15) for start in (0, 1))
         scale = np.ascontiguousarray(rows.params["scale"], dtype="<f4")
         return [low | high << np.uint8(4), scale.view(np.uint8), *(extra.bytes(shape) for extra in self.extras)]
@@ -126,12 +124,12 @@ def layout(grid_name: str) -> ModuleLayout:
     """The layout in which a grid is written. Raises UnsupportedError for a grid that the format cannot hold."""
     if grid_name in WRITTEN:
         return WRITTEN[grid_name]
-    match = INTEGER.fullmatch(grid_name)
-    if match is None:
+    name = parse(grid_name)
+    if name is None or grid_name != f"int4-g{name.group}":
         raise UnsupportedError(
             f"modelopt has no place for grid {grid_name!r}; it holds: {', '.join((*FLOATS, *WRITTEN))} and int4-gN"
         )
-    return Int4Layout(int(match[1]))
+    return Int4Layout(name.group)
 
 
 def one_value(dtype: str, shape: tuple[int, ...], nbytes: int) -> bool:

@@ -16,7 +16,16 @@ from anyquant.core.linear import Role
 from anyquant.core.plan import Activation, Plan
 from anyquant.formats.folder.format import FolderFormat
 from anyquant.formats.folder.modules import FLOATS, ModuleLayout
-from anyquant.formats.folder.scheme import APART, HEAD_MODULE, Found, InputScale, Module, Scheme, refuse_apart
+from anyquant.formats.folder.scheme import (
+    APART,
+    FLOAT_PRESETS,
+    HEAD_MODULE,
+    Found,
+    InputScale,
+    Module,
+    Scheme,
+    refuse_apart,
+)
 from anyquant.formats.modelopt.layouts import INPUT_SCALE, Int4Layout, layout
 from anyquant.formats.modelopt.reading import LEGACY, find
 from anyquant.models.architecture import Architecture
@@ -81,9 +90,7 @@ class ModelOpt(Scheme):
             "FP8_PER_CHANNEL_PER_TOKEN": "fp8_e4m3-channel",
             "FP8_PB_WO": "fp8_e4m3-block",
             "MXFP8": "mxfp8_e4m3",
-            "BF16": "bf16",
-            "F16": "f16",
-            "F32": "f32",
+            **FLOAT_PRESETS,
         }
     )
 

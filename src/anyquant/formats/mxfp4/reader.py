@@ -8,11 +8,9 @@ Source: transformers 5.17, integrations/mxfp4.py (convert_moe_packed_tensors), b
 describes nothing but these parameters of one model type, so there is no writer of it for other models.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -20,8 +18,8 @@ from anyquant.core.checkpoint import Checkpoint, TensorSpec
 from anyquant.core.dtypes import Bytes, Float32
 from anyquant.core.errors import AnyQuantError, BadInputError, UnsupportedError
 from anyquant.core.qtensor import QTensor
-from anyquant.formats.folder.config import CONFIG, without_settings
 from anyquant.formats.folder.packing import unpack_bits
+from anyquant.formats.folder.stored import StoredFolder
 from anyquant.grids import grid as find_grid
 
 METHOD = "mxfp4"
@@ -30,23 +28,10 @@ GROUP, PACKED, NAN = 32, 16, 255
 
 
 @dataclass(frozen=True, eq=False)
-class ExpertsFolder:
-    """`stored` is the folder as it is on disk. Stacked experts are float32, all else as stored."""
+class ExpertsFolder(StoredFolder):
+    """Stacked experts are float32, all else as stored."""
 
-    stored: Checkpoint
     _last: dict[tuple[str, int], Float32] = field(default_factory=dict)  # the matrix decoded last
-
-    @property
-    def location(self) -> str:
-        return self.stored.location
-
-    @cached_property
-    def config(self) -> Mapping[str, Any]:
-        return without_settings(self.stored.config)
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        return self.stored.metadata
 
     @cached_property
     def experts(self) -> Mapping[str, tuple[int, int, int]]:
@@ -69,12 +54,6 @@ class ExpertsFolder:
                 )
             found[base] = (blocks.shape[0], blocks.shape[1], blocks.shape[2] * GROUP)
         return found
-
-    def text_file(self, name: str) -> bytes | None:
-        """The folder's own, config.json as it was before anything was quantized."""
-        if name == CONFIG:
-            return json.dumps(self.config, indent=2, ensure_ascii=False).encode()
-        return self.stored.text_file(name)
 
     def names(self) -> Sequence[str]:
         packed = {base + kind for base in self.experts for kind in (BLOCKS, SCALES)}

@@ -19,7 +19,16 @@ from anyquant.formats.folder.format import FolderFormat
 from anyquant.formats.folder.integers import Int8Layout
 from anyquant.formats.folder.minifloat import ScaledLayout
 from anyquant.formats.folder.modules import FLOATS, ModuleLayout
-from anyquant.formats.folder.scheme import APART, Found, InputScale, Module, Scheme, float_modules, refuse_apart
+from anyquant.formats.folder.scheme import (
+    APART,
+    FLOAT_PRESETS,
+    Found,
+    InputScale,
+    Module,
+    Scheme,
+    float_modules,
+    refuse_apart,
+)
 from anyquant.formats.quark.specs import INPUTS, INT8, MX, grid_of, layer_settings, layout
 from anyquant.models.architecture import Architecture
 
@@ -43,9 +52,7 @@ class Quark(Scheme):
             "MXFP6_E2M3": "mxfp6_e2m3",
             "PTPC_FP8": "fp8_e4m3-channel",
             "FP8": "fp8_e4m3-tensor",
-            "BF16": "bf16",
-            "F16": "f16",
-            "F32": "f32",
+            **FLOAT_PRESETS,
         }
     )
 

@@ -14,8 +14,9 @@ from anyquant.core.dtypes import DTYPES
 from anyquant.core.errors import BadInputError, UnsupportedError
 from anyquant.core.plan import Decision, Plan
 from anyquant.formats.folder.format import FolderFormat
+from anyquant.formats.folder.integers import IntegerGridName
 from anyquant.formats.folder.modules import FLOATS, ModuleLayout
-from anyquant.formats.folder.scheme import Found, Module, Scheme, float_modules, refuse_apart
+from anyquant.formats.folder.scheme import FLOAT_PRESETS, Found, Module, Scheme, float_modules, refuse_apart
 from anyquant.formats.torchao.layouts import INTX, ROW, TORCH_NAMES, ByteLayout, layout
 from anyquant.models.architecture import Architecture
 from anyquant.store.strict_json import parse_json
@@ -27,7 +28,7 @@ PRESETS = {
     "INT8_ASYM": "int8-g64-asym",
     "INT4": "int4-g64",
     "INT4_ASYM": "int4-g64-asym",
-    **{grid.upper(): grid for grid in FLOATS},
+    **FLOAT_PRESETS,
 }
 GROUPS = (16, 32, 64, 128, 256)
 
@@ -111,11 +112,11 @@ def _quant_type(found: ByteLayout) -> dict[str, Any]:
         data: dict[str, Any] = {"granularity": granularity, "group_size": None, "set_inductor_config": True}
         return {"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": data}
     reach: dict[str, Any] = {"_type": "PerAxis", "_version": 1, "_data": {"axis": 0}}
-    if found.group:
-        reach = {"_type": "PerGroup", "_version": 1, "_data": {"group_size": found.group}}
-    mapping = "ASYMMETRIC" if found.asymmetric else "SYMMETRIC"
+    if found.name.group:
+        reach = {"_type": "PerGroup", "_version": 1, "_data": {"group_size": found.name.group}}
+    mapping = "ASYMMETRIC" if found.name.asymmetric else "SYMMETRIC"
     data = {
-        "weight_dtype": {"_type": "torch.dtype", "_data": f"int{found.bits}"},
+        "weight_dtype": {"_type": "torch.dtype", "_data": f"int{found.name.bits}"},
         "granularity": reach,
         "mapping_type": {"_type": "MappingType", "_data": mapping},
         "scale_dtype": None,
@@ -165,10 +166,8 @@ def _module(stored: Checkpoint, path: str, symmetric: bool) -> Found:
     scale = f"{path}._weight_scale"
     if scale not in stored.names() or not DTYPES[stored.spec(scale).dtype].floating:
         raise BadInputError(f"{stored.location}: there are no {scale} of a float type")
-    grid = f"{target}-{f'g{group}' if group else 'channel'}{'' if symmetric else '-asym'}"
-    known = names[dtype["_data"]]
-    found = ByteLayout(grid, int(target[3:]), group, not symmetric, known, kind, stored.spec(scale).dtype)
-    return found, (spec.shape[0], spec.shape[1])
+    name = IntegerGridName(int(target[3:]), f"g{group}" if group else "channel", not symmetric)
+    return ByteLayout(name, names[dtype["_data"]], kind, stored.spec(scale).dtype), (spec.shape[0], spec.shape[1])
 
 
 FORMAT = FolderFormat(Torchao())
