@@ -283,7 +283,7 @@ def test_a_size_is_judged_without_measuring(model: Model, tmp_path: Path, limit:
     )
     assert report.status == status
     assert report.sentences[0] == "Nothing was measured."
-    assert f"size {report.nbytes} bytes" in report.sentences[1]
+    assert f"size {report.nbytes:,} bytes" in report.sentences[1]
 
 
 def test_convert(call: Call, model: Model, text: Path, tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ from anyquant.cli.options import kv_cache
 def command(
     artifact: Path, prompt: str, tokens: int, temperature: float, seed: int, threads: int | None, kv_cache: str | None
 ) -> None:
-    """Continue PROMPT with ARTIFACT, in the runtime it was made for."""
+    """Continue PROMPT with ARTIFACT, in the runtime it was made for, or by its decoded weights."""
     from anyquant import api
+    from anyquant.pipeline.artifacts import stands_in
 
     if not math.isfinite(temperature):
         raise click.BadParameter("give a number", param_hint="--temperature")
@@ -30,6 +31,8 @@ def command(
         artifact, prompt, tokens=tokens, temperature=temperature, seed=seed, threads=threads, kv_cache=kv_cache
     )
     first = next(pieces, "")  # the artifact is open now: an error would have come before anything is shown
+    if said := stands_in(artifact):
+        click.echo(f"anyquant: {said}", err=True)
     click.echo(prompt + first, nl=False)
     for piece in pieces:
         click.echo(piece, nl=False)

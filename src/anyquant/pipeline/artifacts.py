@@ -12,7 +12,7 @@ from anyquant.core.checkpoint import Checkpoint, TensorSpec
 from anyquant.core.errors import AnyQuantError, BadInputError, InconclusiveError, UnsupportedError, UsageError
 from anyquant.core.progress import Progress
 from anyquant.evaluation.measures import Measures
-from anyquant.formats import as_model
+from anyquant.formats import as_model, folder_format
 from anyquant.formats.certificate import Certificate, read_certificate
 from anyquant.grids import grid as find_grid
 from anyquant.models.detect import detect
@@ -31,8 +31,9 @@ from anyquant.pipeline.recipe import Calibration
 from anyquant.pipeline.targets import expect_libraries, targets
 from anyquant.pipeline.texts import load_splits, source_tokenizer, usable_context
 from anyquant.runtimes import RUNTIMES
+from anyquant.runtimes.base import Session
 from anyquant.runtimes.folder import read_config, runtime_of
-from anyquant.runtimes.huggingface import RUNTIME, libraries_for
+from anyquant.runtimes.huggingface import RUNTIME, libraries_for, load_decoded, opens
 from anyquant.runtimes.kv_cache import KV_CACHE, CacheTypes, cannot_tell
 from anyquant.runtimes.transformers import TransformersRuntime
 from anyquant.store.gguf import GGUFFile
@@ -255,8 +256,9 @@ def _measured(
 ) -> Measures:
     architecture = detect(source)
     longest = max(len(document.tokens) for document in documents)
-    runtime, cache = RUNTIMES.get(runtime_name(artifact)), cache_of(artifact, judging.kv_cache)
-    with runtime.load(entry_of(artifact), longest, judging.threads, cache) as session:
+    if said := stands_in(artifact):
+        progress.say(said)
+    with _opened(artifact, longest, judging.threads, cache_of(artifact, judging.kv_cache)) as session:
         if session.vocabulary != architecture.dimensions.vocabulary:
             raise BadInputError(
                 f"{artifact} has a vocabulary of {session.vocabulary}, {source.location} of "
@@ -267,6 +269,30 @@ def _measured(
             return compare(answers(session, documents), reference, progress, "measure")
         finally:
             reference.close()
+
+
+def stands_in(artifact: Path) -> str:
+    """What to say of a folder that is run by its decoded weights, as no runtime here reads it; "" for all others."""
+    if runtime_name(artifact) != RUNTIME.name or not artifact.is_dir() or opens(artifact):
+        return ""
+    form = folder_format(read_config(artifact), str(artifact))
+    name = artifact.name if form is None else form.name
+    return f"no engine here reads {name} folders: their decoded weights are run in transformers, in float32"
+
+
+def _opened(artifact: Path, context: int, threads: int, cache: str | None) -> Session:
+    """In its own runtime, or its decoded weights in `transformers` where that reads the folder on no CPU.
+
+    Raises UnsupportedError for one of the second kind whose engines may round what enters matrices.
+    """
+    if not stands_in(artifact):
+        return RUNTIMES.get(runtime_name(artifact)).load(entry_of(artifact), context, threads, cache)
+    form = folder_format(read_config(artifact), str(artifact))
+    if form is not None and form.scheme.rounds_inputs:
+        raise UnsupportedError(
+            f"{artifact}: engines that read {form.name} round what enters matrices, and none of them runs here"
+        )
+    return load_decoded(as_model(open_checkpoint(artifact)), artifact, context, threads)
 
 
 def cache_of(artifact: Path, wished: str | None) -> str | None:
@@ -302,9 +328,8 @@ def generate(
 ) -> Iterator[str]:
     """Text that follows `prompt`, piece by piece. Raises UsageError when the prompt is longer than the model takes."""
     most = _context(open_checkpoint(artifact))
-    runtime = RUNTIMES.get(runtime_name(artifact))
     needed = len(prompt.encode(errors="replace")) + tokens + 16  # a token is at least a byte
-    with runtime.load(entry_of(artifact), min(needed, most), threads, cache_of(artifact, kv_cache)) as session:
+    with _opened(artifact, min(needed, most), threads, cache_of(artifact, kv_cache)) as session:
         count = len(session.tokenize(prompt))
         if count >= most:
             raise UsageError(f"the prompt has {count} tokens, the model takes {most}; shorten it")

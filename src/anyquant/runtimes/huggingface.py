@@ -6,13 +6,14 @@ downloaded.
 
 import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from anyquant.core.checkpoint import Checkpoint, read_tensor
 from anyquant.core.errors import BadInputError, UnsupportedError
 from anyquant.core.extras import require
-from anyquant.models.building import FAMILIES
+from anyquant.models.building import FAMILIES, plain
 from anyquant.runtimes.base import Logits
 from anyquant.runtimes.folder import TOKENIZER, FolderSession, read_config
 
@@ -31,13 +32,17 @@ def _refusals(folder: Path) -> list[str]:
     config = read_config(folder)
     reasons = []
     if config.get("model_type") not in FAMILIES:
-        reasons.append(f"model type {config.get('model_type')!r} is not one of {', '.join(sorted(FAMILIES))}")
+        reasons.append(_unknown_family(config))
     method = _method(config)
     if method is not None and method not in METHODS:
         reasons.append(f"quantization method {method!r} is not opened here")
     if not (folder / TOKENIZER).is_file():
         reasons.append(f"there is no {TOKENIZER}")
     return reasons
+
+
+def _unknown_family(config: Mapping[str, Any]) -> str:
+    return f"model type {config.get('model_type')!r} is not one of {', '.join(sorted(FAMILIES))}"
 
 
 def libraries_for(folder: Path) -> tuple[str, ...]:
@@ -73,32 +78,12 @@ def _computes_in_bfloat16(folder: Path) -> bool:
 class HuggingFaceSession(FolderSession):
     """A loaded folder. Computes in float32, where the quantized scheme allows it."""
 
-    def __init__(self, folder: Path, context: int, threads: int | None) -> None:
+    def __init__(self, folder: Path, context: int, model: Any) -> None:
         self._torch = require("torch")
-        if threads is not None:
-            self._torch.set_num_threads(threads)
-        transformers = require("transformers")
-        # what the libraries print on import is not for the user
-        with contextlib.redirect_stderr(io.StringIO()):
-            for library in libraries_for(folder):
-                require(library)
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        model_class = getattr(transformers, FAMILIES[str(read_config(folder)["model_type"])][1])
-        dtype = self._torch.bfloat16 if _computes_in_bfloat16(folder) else self._torch.float32
-        try:
-            # compressed-tensors draws progress bars that cannot be switched off, the last when the first token comes
-            with contextlib.redirect_stderr(io.StringIO()):
-                self._model = model_class.from_pretrained(
-                    folder, local_files_only=True, use_safetensors=True, dtype=dtype
-                ).eval()
-                if "torchao" in libraries_for(folder):  # its weights keep the type they are stored for
-                    self._model = self._model.to(self._torch.float32)
-                _compute_exactly(self._model, self._torch)
-                with self._torch.no_grad():
-                    self._model(self._torch.zeros(1, 1, dtype=self._torch.long))
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise BadInputError(f"{folder}: transformers cannot load it: {error}") from None
+        self._model = model.eval()
+        _compute_exactly(self._model, self._torch)
+        with self._torch.no_grad():
+            self._model(self._torch.zeros(1, 1, dtype=self._torch.long))
         ends = self._model.generation_config.eos_token_id
         super().__init__(folder, context, ends if isinstance(ends, list) else [ends])
         self._cache: Any = None
@@ -151,7 +136,64 @@ class HuggingFaceRuntime:
         reasons = _refusals(artifact)
         if reasons:
             raise UnsupportedError(f"{artifact}: transformers cannot run it: {'; '.join(reasons)}")
-        return HuggingFaceSession(artifact, context, threads)
+        with _quiet(threads), _told(artifact):
+            for library in libraries_for(artifact):
+                require(library)
+            dtype = "bfloat16" if _computes_in_bfloat16(artifact) else "float32"
+            model = _model_class(artifact).from_pretrained(
+                artifact, local_files_only=True, use_safetensors=True, dtype=dtype
+            )
+            if "torchao" in libraries_for(artifact):  # its weights keep the type they are stored for
+                model = model.to(require("torch").float32)
+            return HuggingFaceSession(artifact, context, model)
+
+
+def opens(folder: Path) -> bool:
+    """Whether `transformers` itself reads the way in which the folder is quantized, on a CPU."""
+    method = _method(read_config(folder))
+    return method is None or method in METHODS
+
+
+def load_decoded(model: Checkpoint, folder: Path, context: int, threads: int | None = None) -> HuggingFaceSession:
+    """The `folder` of a `model` whose weights are decoded here: all of them in float32, in memory.
+
+    Raises UnsupportedError for a model type that is not run here, BadInputError when transformers refuses it.
+    """
+    if model.config.get("model_type") not in FAMILIES:
+        raise UnsupportedError(f"{folder}: transformers cannot run it: {_unknown_family(model.config)}")
+    torch, transformers = require("torch"), require("transformers")
+    fields = plain(model.config)
+    with _quiet(threads), _told(folder):
+        state = {name: torch.from_numpy(read_tensor(model, name)) for name in model.names()}
+        settings = transformers.CONFIG_MAPPING[str(model.config["model_type"])](**fields)
+        found = _model_class(folder).from_pretrained(None, config=settings, state_dict=state, dtype="float32")
+        return HuggingFaceSession(folder, context, found)
+
+
+def _model_class(folder: Path) -> Any:
+    return getattr(require("transformers"), FAMILIES[str(read_config(folder)["model_type"])][1])
+
+
+@contextlib.contextmanager
+def _quiet(threads: int | None) -> Iterator[None]:
+    """What the libraries print on import and while they load is not for the user; nor are progress bars, of which
+    compressed-tensors draws some that cannot be switched off, the last when the first token comes."""
+    if threads is not None:
+        require("torch").set_num_threads(threads)
+    transformers = require("transformers")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """What transformers trips over, as a fault of the folder."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise BadInputError(f"{folder}: transformers cannot load it: {error}") from None
 
 
 RUNTIME = HuggingFaceRuntime()

@@ -69,7 +69,7 @@ class Scheme(ABC):
     `presets`: named schemes and the grid of the block Linears, "" for as stored; `activations`: those of them that
     round what enters matrices, and how, as `--activations` says it. `candidates`: grids that a search may choose from.
     `apart`: roles that `--grid` and presets leave as they are stored. `input_suffixes`: tensors beside a module's own
-    that say how its input is rounded, by the end of their names.
+    that say how its input is rounded, by the end of their names. `rounds_inputs`: engines may do so without being told.
     """
 
     name: str
@@ -78,6 +78,7 @@ class Scheme(ABC):
     apart: tuple[Role, ...] = APART
     activations: Mapping[str, str] = field(default_factory=lambda: EMPTY)
     input_suffixes: tuple[str, ...] = ()
+    rounds_inputs: bool = False
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """Whether config.json says that a folder is of this format."""

@@ -79,6 +79,7 @@ class ModelOpt(Scheme):
     candidates: tuple[str, ...] = ("int4-g128", "int8-channel")
     apart: tuple[Role, ...] = APART
     input_suffixes: tuple[str, ...] = (INPUT_SCALE,)
+    rounds_inputs: bool = True
     activations: Mapping[str, str] = field(default_factory=lambda: {"FP8": "fp8_e4m3-tensor:static", "NVFP4": "nvfp4"})
     presets: Mapping[str, str] = field(
         default_factory=lambda: {

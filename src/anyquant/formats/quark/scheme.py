@@ -45,6 +45,7 @@ class Quark(Scheme):
     name: str = "quark"
     candidates: tuple[str, ...] = ("mxfp4", "fp8_e4m3-channel")
     apart: tuple[Role, ...] = APART
+    rounds_inputs: bool = True
     presets: Mapping[str, str] = field(
         default_factory=lambda: {
             "MXFP4": "mxfp4",
