@@ -261,8 +261,8 @@ def convert(
 
     `source` is a quantized Hugging Face folder, or a GGUF file with `like`, the folder of the model it was made from.
     `to` names a target or a format. `grid` is that of all quantized matrices; without it each takes the smallest of the
-    target's that holds its codes, and it is an error when there is none. `embedding` and `head` as in `make`. The
-    ledger says of every matrix: exact, rescaled or re-rounded. What was made is measured on `text`.
+    target's that holds its codes, or where none does is rounded again to one of like bits. `embedding` and `head` as
+    in `make`. The ledger says of every matrix: exact, rescaled or re-rounded. What was made is measured on `text`.
 
     Raises subclasses of AnyQuantError.
     """

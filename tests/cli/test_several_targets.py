@@ -129,6 +129,8 @@ def test_what_no_engine_here_reads_is_run_by_its_decoded_weights(
     again = call("evaluate", out, "--against", source)
     assert again.code == 0, again.err
     assert "reproduced: " in again.out and f"no engine here reads {target} folders" in again.err
+    counts = [json.loads(call("inspect", path, "--json").out)["weights"] for path in (source, out)]
+    assert counts[0] == counts[1]
     spoken = call("run", out, "the model", "--tokens", "4")
     assert spoken.code == 0 and spoken.out.startswith("the model")
     assert "decoded weights" in spoken.err

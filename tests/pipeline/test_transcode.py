@@ -13,6 +13,7 @@ from anyquant.core.checkpoint import Checkpoint, read_tensor
 from anyquant.core.errors import UnsupportedError
 from anyquant.core.progress import Silent
 from anyquant.formats import as_model, rules
+from anyquant.grids import grid as find_grid
 from anyquant.models.detect import detect
 from anyquant.pipeline.decoded import gguf_model
 from anyquant.pipeline.planner import Job, Model, make_job
@@ -111,10 +112,24 @@ def test_a_named_grid_rescales_or_rounds_again(model: Folder, tmp_path: Path) ->
     assert 0 < np.square(values - wanted).sum() < 1e-3 * np.square(wanted).sum()
 
 
-def test_what_has_no_place_is_named(model: Folder, tmp_path: Path) -> None:
+def test_what_has_no_place_is_rounded_again_at_like_bits(model: Folder, tmp_path: Path) -> None:
     folder, source = made(model, "llama", "nvfp4", "compressed-tensors", tmp_path / "tensors")
-    with pytest.raises(UnsupportedError, match=r"no grid that holds blocks\.0\.attn_q \(nvfp4\) and 13 more.*--grid"):
-        converted(as_model(open_checkpoint(folder)), "gguf", tmp_path / "out")
+    job, kinds = converted(as_model(open_checkpoint(folder)), "gguf", tmp_path / "out")
+    assert set(kinds.values()) == {ROUNDED}
+    grids = {job.plan.decisions[name].grid for name in kinds}
+    assert {find_grid(name).bits((256, 256)) / 256**2 for name in grids} == {4.5}  # of nvfp4
     with pytest.raises(UnsupportedError, match="nothing in it is quantized; use make"):
-        converted(source, "gguf", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        converted(source, "gguf", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_k_quants_to_a_folder(model: Folder, tmp_path: Path) -> None:
+    """The block matrices on integers of as many bits, read back by compressed-tensors' own grid; the rest in float."""
+    _, source = made(model, "llama", "q4_k", "gguf", tmp_path / "gguf")
+    job, kinds = converted(gguf_model(tmp_path / "gguf" / "model.gguf", source), "compressed-tensors", tmp_path / "out")
+    assert set(kinds.values()) == {ROUNDED}
+    assert {job.plan.decisions[name].grid for name in kinds} == {"int4-g32"}
+    opened = as_model(open_checkpoint(tmp_path / "out"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    values, wanted = read_tensor(opened, name), read_tensor(source, name)
+    assert np.square(values - wanted).sum() < 3e-2 * np.square(wanted).sum()

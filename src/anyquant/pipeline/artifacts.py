@@ -49,7 +49,8 @@ LONGEST = 1 << 16  # tokens of a prompt and its continuation where the model doe
 class Contents:
     """`kind` is "gguf", "safetensors" or "state" (bytes as the grid packs them).
 
-    `problem` says why the family is unknown, when it is.
+    `problem` says why the family is unknown, when it is. `weights` are those of the model that the tensors stand for,
+    not the words into which they are packed.
     """
 
     location: str
@@ -59,15 +60,12 @@ class Contents:
     metadata: Mapping[str, object]
     tied: bool | None
     problem: str
+    weights: int
     certificate: Certificate | None = None
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
-
-    @property
-    def weights(self) -> int:
-        return sum(tensor.elements for tensor in self.tensors)
 
     def types(self) -> list[tuple[str, int, int]]:
         """(type, tensors, bytes), largest first."""
@@ -86,16 +84,23 @@ def inspect(path: Path) -> Contents:
     checkpoint = open_checkpoint(path)
     tensors = tuple(checkpoint.spec(name) for name in checkpoint.names())
     sealed = read_certificate(checkpoint.metadata, checkpoint.config, str(path))
+    weights = _elements(checkpoint)
     if isinstance(checkpoint, GGUFFile):
         family = str(checkpoint.metadata.get("general.architecture", "unknown"))
-        return Contents(str(path), "gguf", family, tensors, checkpoint.metadata, None, "", sealed)
+        return Contents(str(path), "gguf", family, tensors, checkpoint.metadata, None, "", weights, sealed)
+    config = checkpoint.config
     try:
-        architecture = detect(as_model(checkpoint))
+        model = as_model(checkpoint)
+        weights, architecture = _elements(model), detect(model)
     except AnyQuantError as error:
-        family = str(checkpoint.config.get("model_type", "unknown"))
-        return Contents(str(path), "safetensors", family, tensors, checkpoint.config, None, str(error), sealed)
-    config, tied = checkpoint.config, architecture.tied
-    return Contents(str(path), "safetensors", architecture.family, tensors, config, tied, "", sealed)
+        family = str(config.get("model_type", "unknown"))
+        return Contents(str(path), "safetensors", family, tensors, config, None, str(error), weights, sealed)
+    tied = architecture.tied
+    return Contents(str(path), "safetensors", architecture.family, tensors, config, tied, "", weights, sealed)
+
+
+def _elements(checkpoint: Checkpoint) -> int:
+    return sum(checkpoint.spec(name).elements for name in checkpoint.names())
 
 
 def _state(folder: Path) -> Contents:
@@ -107,7 +112,8 @@ def _state(folder: Path) -> Contents:
         TensorSpec(name, entry.grid.name, entry.shape, entry.grid.bits(entry.shape) // 8)
         for name, entry in entries.items()
     )
-    return Contents(str(folder), "state", str(reader.plan.get("family")), tensors, {}, None, "")
+    weights = sum(tensor.elements for tensor in tensors)
+    return Contents(str(folder), "state", str(reader.plan.get("family")), tensors, {}, None, "", weights)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from anyquant.pipeline.staged import Room
 from anyquant.pipeline.statistics import IMATRIX, refuse_imatrix
 from anyquant.pipeline.targets import expect_libraries
 from anyquant.pipeline.texts import DEFAULT_TEXT_WARNING, describe, load_splits, source_tokenizer, usable_context
-from anyquant.pipeline.transcode import KINDS, transcoding
+from anyquant.pipeline.transcode import KINDS, ROUNDED, transcoding
 from anyquant.pipeline.verify import Verified
 from anyquant.pipeline.watch import Watch
 from anyquant.pipeline.work import source_paths
@@ -335,7 +335,12 @@ def _transcoded(kinds: Mapping[str, str]) -> list[str]:
         return []
     counts = Counter(kinds.values())
     told = ", ".join(f"{counts[kind]} {kind}" for kind in KINDS if counts[kind])
-    return [f"Of {len(kinds)} quantized matrices: {told}."]
+    said = [f"Of {len(kinds)} quantized matrices: {told}."]
+    if counts[ROUNDED]:
+        said.append(
+            "What no grid of the target holds was rounded again, which --grid can steer; the ledger has its error."
+        )
+    return said
 
 
 def _peak_memory() -> int:

@@ -28,6 +28,7 @@ from anyquant.pipeline.rows import Direct, Unweighted
 
 EXACT, RESCALED, ROUNDED = KINDS = ("exact", "rescaled", "re-rounded")
 PROBE = 16  # rows on which grids are tried
+FLOAT = "bf16"  # holds eight bits of any size; of more, embeddings and heads that a target keeps in float have no use
 
 
 def stored_rows(source: Checkpoint, linear: Linear, first: int, rows: int) -> QTensor | None:
@@ -41,25 +42,17 @@ def stored_rows(source: Checkpoint, linear: Linear, first: int, rows: int) -> QT
 
 def transcoding(model: Model, target: Rules, recipe: Recipe) -> Recipe:
     """The recipe with a rule for every quantized matrix: the grid that it names, or that of the target that holds the
-    codes best.
+    codes best; where none does, the one nearest in bits.
 
-    Raises UnsupportedError when the source is not quantized, or when a matrix has no place and no grid is named.
+    Raises UnsupportedError when the source is not quantized.
     """
-    wanted, lost = {}, []
+    wanted = {}
     for linear in model.architecture.linears:
         rows = stored_rows(model.source, linear, 0, min(PROBE, linear.shape[0]))
         if rows is None:
             continue
-        grid = recipe.grid or best_grid(model.source, rows, linear, target)
-        if grid is None:
-            lost.append(f"{linear.name} ({rows.grid.name})")
-        else:
-            wanted[linear.name] = Wanted(grid)
-    if lost:
-        raise UnsupportedError(
-            f"{target.name} has no grid that holds {lost[0]}{f' and {len(lost) - 1} more' if len(lost) > 1 else ''}; "
-            "name one with --grid, and what it does not hold is rounded again"
-        )
+        grid = recipe.grid or best_grid(model.source, rows, linear, target) or nearest_grid(rows, linear, target)
+        wanted[linear.name] = Wanted(grid)
     if not wanted:
         raise UnsupportedError(f"{model.source.location}: nothing in it is quantized; use make")
     rules = rules_of(model.architecture, _together(wanted, target.ties(model.architecture)))
@@ -105,6 +98,14 @@ def best_grid(source: Checkpoint, rows: QTensor, linear: Linear, target: Rules) 
             return name
         nearest = nearest or (name if kind else None)
     return nearest
+
+
+def nearest_grid(rows: QTensor, linear: Linear, target: Rules) -> str:
+    """Of the grids that a search for the target chooses from, the one whose bits are nearest to those of the source;
+    bfloat16 for a matrix that the target keeps in float."""
+    bits = rows.grid.bits(linear.shape)
+    grids = [grid for grid in map(find_grid, target.candidates(linear)) if grid.refuses(linear.shape) is None]
+    return min(grids, key=lambda grid: abs(grid.bits(linear.shape) - bits)).name if grids else FLOAT
 
 
 def _kind(source: Checkpoint, linear: Linear, grid: str) -> str:
