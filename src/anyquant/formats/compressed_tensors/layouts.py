@@ -166,6 +166,7 @@ class Float8Layout:
         return [Stored("weight", "F8_E4M3", (rows, columns)), scales[self.reach]]
 
     def pack(self, rows: QTensor, shape: tuple[int, int]) -> Sequence[Bytes]:
+        refuse_reordered(rows, NAME)
         return [np.ascontiguousarray(rows.codes), _float32(rows.params["scale"])]
 
     def unpack(self, raw: Sequence[Bytes], rows: int, shape: tuple[int, int]) -> QTensor:
@@ -211,6 +212,7 @@ class SmallFloatLayout:
         return found
 
     def pack(self, rows: QTensor, shape: tuple[int, int]) -> Sequence[Bytes]:
+        refuse_reordered(rows, NAME)
         found = [pack_bits(rows.codes, self._found.code_bits), np.ascontiguousarray(rows.params["scale"])]
         if self.grid == "nvfp4":
             found.append(_float32(rows.params["global_scale"]))
