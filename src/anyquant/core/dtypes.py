@@ -53,7 +53,8 @@ DTYPES = {
 
 def bfloat16_to_float32(bits: npt.NDArray[np.uint16]) -> Float32:
     """Exact: a bfloat16 is the upper 16 bits of the float32 of the same value."""
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    wide = bits.astype(np.uint32)
+    return np.left_shift(wide, np.uint32(16), out=wide).view(np.float32)
 
 
 def float32_to_bfloat16(values: Float32) -> npt.NDArray[np.uint16]:

@@ -162,7 +162,8 @@ class Grid(ABC):
         """The values that the codes stand for, float32, exactly as the format's own reader computes them."""
 
     def weighting(self, weights: Float32, importance: Float32 | None = None) -> Float32:
-        """The weight of each squared error in the objective that `quantize` minimises, shape of `weights`."""
+        """The weight of each squared error in the objective that `quantize` minimises, shape of `weights`; not to be
+        written to: equal weights are one number seen everywhere."""
         if importance is None:
-            return np.ones_like(weights)
+            return np.broadcast_to(np.float32(1), weights.shape)
         return np.broadcast_to(importance.astype(np.float32), weights.shape)

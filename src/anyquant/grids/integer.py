@@ -161,6 +161,12 @@ class IntegerGrid(Grid):
     def decode(self, codes: Codes, params: Params, columns: slice | None = None) -> Float32:
         """scale * (level - zero) in float32: exact."""
         values = codes.astype(np.float32)
+        if columns is None:  # whole rows need no parameter of their own for each weight
+            grouped = values.reshape(len(values), params["scale"].shape[1], -1)
+            if self.search.asymmetric:
+                grouped -= params["zero"][:, :, None].astype(np.float32)
+            grouped *= params["scale"][:, :, None]
+            return values
         if self.search.asymmetric:
             values -= self._spread(params["zero"], columns)
         values *= self._spread(params["scale"], columns)

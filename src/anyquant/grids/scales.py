@@ -95,7 +95,7 @@ def spread_out(values: Codes, group: int, columns: slice | None) -> Float32:
 def error_weights(weights: Float32, importance: Float32 | None, spread: bool) -> Float32:
     """The weight of each squared error, shape of `weights`."""
     if importance is None:
-        return np.ones_like(weights)
+        return np.broadcast_to(np.float32(1), weights.shape)
     wide = importance.astype(np.float64)
     if spread:
         squares = weights.astype(np.float64) ** 2

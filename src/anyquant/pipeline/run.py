@@ -46,14 +46,16 @@ def content_digest(rows: QTensor) -> bytes:
 
 
 def squared_error(weights: Float32, decoded: Float32, grid: Grid, importance: Float32 | None) -> tuple[float, float]:
-    """(sum w (x - q)^2, sum w x^2) with the grid's own weighting, in float64."""
+    """(sum w (x - q)^2, sum w x^2) with the grid's own weighting; rows are summed in float64."""
     steer = grid.weighting(weights, importance)
-    difference = weights - decoded
-    np.multiply(difference, difference, out=difference)
-    difference *= steer
-    energy = weights * weights
-    energy *= steer
-    return float(difference.sum(dtype=np.float64)), float(energy.sum(dtype=np.float64))
+    difference, energy = weights - decoded, weights
+    if any(steer.strides):
+        return (
+            float((difference * difference * steer).sum(dtype=np.float64)),
+            float((energy * energy * steer).sum(dtype=np.float64)),
+        )
+    sums = [np.vecdot(values, values).sum(dtype=np.float64) for values in (difference, energy)]
+    return float(sums[0]), float(sums[1])
 
 
 class _Files:

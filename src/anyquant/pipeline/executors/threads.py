@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
+from anyquant.pipeline.executors.memory import keep_freed_memory
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -15,6 +17,7 @@ def run_all(
 
     At most 2 * threads items are in flight. The first exception is raised after the running items have ended.
     """
+    keep_freed_memory()
     source = iter(items)
     running: dict[Future[Result], Item] = {}
     with ThreadPoolExecutor(threads, thread_name_prefix="anyquant") as pool:
