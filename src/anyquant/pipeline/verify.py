@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,10 +89,13 @@ def _check_around(job: Job, folder: Path) -> None:
                 at = max(at, stop)
 
 
-def _check_digests(written: Written, reader: _Reader) -> None:
-    for place, digest in written.digests.items():
+def _check_digests(written: Written, reader: _Reader, threads: int) -> None:
+    def check(item: tuple[Place, bytes]) -> None:
+        place, digest = item
         if hashlib.sha256(reader.read(place).data).digest() != digest:
             raise AnyQuantError(f"verify: {place.part} at {place.offset} differs from what was written")
+
+    run_all(check, written.digests.items(), threads, lambda item, result: None)
 
 
 def _check_carried(job: Job, reader: _Reader) -> None:
@@ -136,13 +140,15 @@ def verify(
             raise AnyQuantError(f"verify: {name}, rows from {block.first}: codes or parameters differ from the planned")
         return rows
 
-    try:
-        _check_digests(written, reader)
-        _check_carried(job, reader)
-        errors = relative_errors(job, stored, statistics, threads, progress)
-    finally:
-        reader.close()
-    return Verified(errors, {file.path: file_hash(folder / file.path) for file in job.layout.files})
+    with ThreadPoolExecutor(1) as beside:  # a hash is one thread's work
+        hashes = beside.submit(lambda: {file.path: file_hash(folder / file.path) for file in job.layout.files})
+        try:
+            _check_digests(written, reader, threads)
+            _check_carried(job, reader)
+            errors = relative_errors(job, stored, statistics, threads, progress)
+        finally:
+            reader.close()
+        return Verified(errors, hashes.result())
 
 
 def relative_errors(

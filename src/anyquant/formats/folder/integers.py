@@ -82,12 +82,12 @@ def unsigned(codes: Codes, bits: int) -> Bytes:
     """Codes counted from 0, uint8, as those of asymmetric grids are."""
     if codes.dtype == np.uint8:
         return codes
-    return (codes.astype(np.int16) + middle_of(bits)).astype(np.uint8)
+    return codes.view(np.uint8) + np.uint8(middle_of(bits))  # wraps around, as it should
 
 
 def signed(codes: Bytes, bits: int) -> npt.NDArray[np.int8]:
     """Codes counted from the middle, int8, from those counted from 0."""
-    return (codes.astype(np.int16) - middle_of(bits)).astype(np.int8)
+    return (codes - np.uint8(middle_of(bits))).view(np.int8)  # wraps around, as it should
 
 
 def zero_points(rows: QTensor, name: IntegerGridName) -> Bytes:
