@@ -244,7 +244,7 @@ def _for_target(request: Request, name: str | None) -> Request:
 def convert(
     source: str | Path,
     *,
-    to: str,
+    target: str,
     out: str | Path,
     like: str | Path | None = None,
     grid: str | None = None,
@@ -260,19 +260,22 @@ def convert(
     """Write a quantized model in another format, with the codes that it has, and prove it in that format's runtime.
 
     `source` is a quantized Hugging Face folder, or a GGUF file with `like`, the folder of the model it was made from.
-    `to` names a target or a format. `grid` is that of all quantized matrices; without it each takes the smallest of the
-    target's that holds its codes, or where none does is rounded again to one of like bits. `embedding` and `head` as
-    in `make`. The ledger says of every matrix: exact, rescaled or re-rounded. What was made is measured on `text`.
+    `target` names a target or a format. `grid` is that of all quantized matrices; without it each takes the smallest of
+    the target's that holds its codes, or where none does is rounded again to one of like bits. `embedding` and `head`
+    as in `make`. The ledger says of every matrix: exact, rescaled or re-rounded. What was made is measured on `text`
+    against the decoded source.
 
     Raises subclasses of AnyQuantError.
     """
+    if tokens is not None and text is None:
+        raise UsageError("--tokens is for --text, and the default text is judged on whole; name a text or leave it out")
     checkpoint = _convertible(model_path(source), None if like is None else model_path(like))
     usual = Calibration(data_free=True, text=None if text is None else str(text))
     calibration = replace(usual, tokens=tokens or usual.tokens, context=context or usual.context)
     request = Request(
         location=str(source),
         checkpoint=checkpoint,
-        target=target_or_format(to),
+        target=target_or_format(target),
         recipe=canonical(Recipe(grid=grid, embedding=embedding, head=head, calibration=calibration)),
         contract=Contract(),
         choose=False,

@@ -12,6 +12,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 import anyquant
 from anyquant.cli.main import VERBS
@@ -290,13 +291,19 @@ def test_convert(call: Call, model: Model, text: Path, tmp_path: Path) -> None:
     """A folder becomes a GGUF file that llama.cpp runs, and a folder again."""
     source, folder, file = model("llama"), tmp_path / "folder", tmp_path / "file"
     assert call("make", source, "--for", "vllm", "--preset", "W4A16", "--data-free", "-q", "-o", folder).code == 0
-    made = call("convert", folder, "--to", "gguf", "--text", text, *SHORT, "--json", "-o", file)
+    made = call("convert", folder, "--for", "gguf", "--text", text, *SHORT, "--json", "-o", file)
     assert made.code == 0, made.err
     report = json.loads(made.out)
     assert report["status"] == "measured" and report["loss"]["mean_kl"][0] < 1e-2
     assert any("quantized matrices" in sentence and "exact" in sentence for sentence in report["sentences"])
     lines = {line["name"]: line for line in report["ledger"]["lines"]}
     assert lines["blocks.0.attn_q"]["reason"].endswith(": exact") and lines["blocks.0.attn_q"]["error"] == 0
+    # compared with what it was made from, bytes and logits, and so says how to do it again
+    tensors = sum(tensor.numel() * tensor.element_size() for tensor in load_file(folder / "model.safetensors").values())
+    assert report["source_bytes"] == tensors and report["reference"] == "source as decoded"
+    assert any(f"--against {folder} measures the same" in sentence for sentence in report["sentences"])
+    measured = call("evaluate", file, "--against", folder, "-q")
+    assert measured.code == 0 and "reproduced: " in measured.out, measured.err + measured.out
     back = ("--like", source, "--to", "vllm", "--text", text, *SHORT, "-o", tmp_path / "back")
     again = call("convert", file / "model.gguf", *back)
     assert again.code == 0, again.err
@@ -304,6 +311,8 @@ def test_convert(call: Call, model: Model, text: Path, tmp_path: Path) -> None:
         ((file / "model.gguf", "--to", "vllm"), 2, "--like"),
         ((folder, "--to", "gguf", "--like", source), 2, "--like is for GGUF files"),
         ((source, "--to", "gguf"), 6, "nothing in it is quantized"),
+        ((folder, "--for", "gguf", "--tokens", "3000"), 2, "the default text is judged on whole"),
+        ((text, "--for", "gguf"), 5, "neither a model folder"),
         ((folder, "--to", "gguff"), 2, "did you mean gguf?"),
         ((tmp_path / "nothing", "--to", "gguf"), 5, "no such file or folder"),
     ):

@@ -75,6 +75,7 @@ KEYS = [
     "notes",
     "nbytes",
     "source_bytes",
+    "reference",
     "weights",
     "status",
     "sentences",

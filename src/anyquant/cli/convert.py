@@ -15,7 +15,9 @@ from anyquant.pipeline.recipe import LEAST_TOKENS
 
 @click.command("convert", short_help="One quantized form into another.")
 @click.argument("source")
-@click.option("--to", required=True, metavar="FORMAT", help="A target or a format, e.g. llama.cpp, vllm, gptq.")
+@click.option(
+    "--for", "--to", "target", required=True, metavar="FORMAT", help="A target or a format, e.g. llama.cpp, vllm, gptq."
+)
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Output folder; must not exist.")
 @click.option("--like", metavar="PATH", help="Of a GGUF file: the folder of the model that it was made from.")
 @click.option("--grid", metavar="GRID", help="For all quantized matrices (default: what holds their codes).")
@@ -30,23 +32,23 @@ from anyquant.pipeline.recipe import LEAST_TOKENS
 @click.option("--force", is_flag=True, help="Replace an output that AnyQuant made.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on standard output.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
-def command(source: str, to: str, out: Path, force: bool, as_json: bool, quiet: bool, **flags: Any) -> None:
+def command(source: str, target: str, out: Path, force: bool, as_json: bool, quiet: bool, **flags: Any) -> None:
     """Write SOURCE, a quantized Hugging Face folder or GGUF file, in another format, and prove it in its runtime.
 
     Codes are taken over where a grid of the format holds them: the ledger says of every matrix exact, rescaled (the
-    same codes, scales rounded to the type that the format stores) or re-rounded. With --grid, what that grid does not
-    hold is rounded again.
+    same codes, scales rounded to the type that the format stores) or re-rounded, to --grid or the grid nearest in bits.
+    What was made is compared with SOURCE as decoded.
 
     \b
-    anyquant convert AWQ_FOLDER --to llama.cpp -o OUT
-    anyquant convert model.gguf --like MODEL --to vllm -o OUT
-    anyquant convert NF4_FOLDER --to gguf --grid q4_k -o OUT
+    anyquant convert AWQ_FOLDER --for llama.cpp -o OUT
+    anyquant convert model.gguf --like MODEL --for vllm -o OUT
+    anyquant convert NF4_FOLDER --for gguf --grid q4_k -o OUT
     """
     from anyquant import api
     from anyquant.pipeline.report import render_json
 
     with TerminalProgress(quiet) as progress:
-        report = api.convert(source, to=to, out=out, overwrite=force, progress=progress, **flags)
+        report = api.convert(source, target=target, out=out, overwrite=force, progress=progress, **flags)
     if as_json:
         click.echo(render_json(report), nl=False)
     else:

@@ -33,7 +33,7 @@ from anyquant.pipeline.picture import Point
 from anyquant.pipeline.planner import Job, chain_of, make_job
 from anyquant.pipeline.prepare import prepare, prove_static
 from anyquant.pipeline.quantized import Quantized, Quantizer
-from anyquant.pipeline.report import Report
+from anyquant.pipeline.report import DECODED, ORIGINAL, Report
 from anyquant.pipeline.request import Request
 from anyquant.pipeline.search import Found
 from anyquant.pipeline.selection import Selection, point_of
@@ -41,11 +41,11 @@ from anyquant.pipeline.shared import Shared
 from anyquant.pipeline.staged import Room
 from anyquant.pipeline.statistics import IMATRIX, refuse_imatrix
 from anyquant.pipeline.targets import expect_libraries
-from anyquant.pipeline.texts import DEFAULT_TEXT_WARNING, describe, load_splits, source_tokenizer, usable_context
+from anyquant.pipeline.texts import default_text_warning, describe, load_splits, source_tokenizer, usable_context
 from anyquant.pipeline.transcode import KINDS, ROUNDED, transcoding
 from anyquant.pipeline.verify import Verified
 from anyquant.pipeline.watch import Watch
-from anyquant.pipeline.work import source_paths
+from anyquant.pipeline.work import source_paths, stored_bytes
 from anyquant.runtimes.transformers import TransformersRuntime
 from anyquant.store.publish import Stage
 from anyquant.transforms.checkpoint import settle
@@ -178,7 +178,7 @@ class Maker:
             self.progress.say("data-free and no limit: nothing is measured; give --text to measure the artifact")
             return None, None
         if self.request.recipe.calibration.text is None and self.request.location != "demo":
-            self.warnings.append(DEFAULT_TEXT_WARNING)
+            self.warnings.append(default_text_warning(self.importance))
         return self.shared.once("texts", self._loaded_texts)
 
     def _loaded_texts(self) -> tuple[Splits, Tokenizer]:
@@ -284,6 +284,8 @@ class Maker:
             said.append("The contract is not shown to hold; the artifact is published with this verdict in its report.")
             said += [f"It is shown to keep {verdict.nearest}."] if verdict.nearest else []
         said += _transcoded(quantized.kinds)
+        if measured and self.request.transcode:
+            said.append(_compared(self.request))
         said += [f"Transforms: logits before and after agree to {proof:.1e} relative." for proof in self.proofs]
         if measured and self.request.target.runtime != self.request.target.name:
             said.append(f"{self.request.target.note[0].upper()}{self.request.target.note[1:]}.")
@@ -304,7 +306,8 @@ class Maker:
             chain=chain_of(job),
             artifact=self.rules.entry,
             nbytes=job.layout.nbytes,
-            source_bytes=sum(checkpoint.spec(name).nbytes for name in checkpoint.names()),
+            source_bytes=stored_bytes(checkpoint),
+            reference=DECODED if request.transcode else ORIGINAL,
             weights=job.weights,
             status=self._status(verdict),
             sentences=self._sentences(verdict, finished.quantized),
@@ -327,6 +330,13 @@ class Maker:
             notes=finished.quantized.notes,
             deployment=deployment_of(self.original, request.target, self.rules.entry, job.plan.kv_cache),
         )
+
+
+def _compared(request: Request) -> str:
+    """What a conversion was measured against, and how to measure it again."""
+    said = f"Compared with {request.location} as decoded, not with the model that it was made from"
+    folder = Path(request.location).is_dir()
+    return f"{said}: evaluate OUT --against {request.location} measures the same." if folder else f"{said}."
 
 
 def _transcoded(kinds: Mapping[str, str]) -> list[str]:

@@ -17,6 +17,7 @@ from anyquant.pipeline.deployment import Deployment
 from anyquant.pipeline.picture import Point, error_map, human_bytes, kl_form, size_and_loss
 
 SCHEMA = 1
+ORIGINAL, DECODED = "original", "source as decoded"  # what an artifact is measured against
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Report:
     `chain` is what was done to the matrices, as one writes it. `notes` say matrix by matrix what was decided on the way
     or did not go as usual. `deployment` is how to run it. `limits` are those of the contract, each with its
     evidence. `proof` says whether a runtime confirmed what the bytes mean, or only their schema. `frontier`: (bytes,
-    mean KL) that a search expects of the best mixtures of other sizes.
+    mean KL) that a search expects of the best mixtures of other sizes. `reference`: what it was measured against.
     """
 
     anyquant: str
@@ -97,6 +98,7 @@ class Report:
     limits: tuple[LimitResult, ...] = ()
     proof: str = ""
     frontier: tuple[tuple[int, float], ...] = ()
+    reference: str = ORIGINAL
 
     @property
     def bits_per_weight(self) -> float:
@@ -223,7 +225,7 @@ def summary_rows(report: Report) -> list[tuple[str, str]]:
             ("same top token", interval(loss.same_top, 100, ".2f") + " %"),
             (
                 "perplexity",
-                f"{loss.perplexity:.3f}, original {loss.reference_perplexity:.3f}, {change} %",
+                f"{loss.perplexity:.3f}, {report.reference} {loss.reference_perplexity:.3f}, {change} %",
             ),
         ]
     if report.proof:

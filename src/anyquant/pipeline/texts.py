@@ -20,10 +20,14 @@ from anyquant.core.errors import BadInputError, InconclusiveError, UnsupportedEr
 from anyquant.models.architecture import Architecture
 from anyquant.pipeline.recipe import Calibration
 
-DEFAULT_TEXT_WARNING = (
-    "no --text was given: calibrated and judged on AnyQuant's default English documentation text; "
-    "text of your own domain gives a better artifact and a verdict that means more"
-)
+
+def default_text_warning(calibrated: bool) -> str:
+    """What to say where no text was given."""
+    done, better = ("calibrated and judged", "a better artifact and ") if calibrated else ("judged", "")
+    return (
+        f"no --text was given: {done} on AnyQuant's default English documentation text; "
+        f"text of your own domain gives {better}a verdict that means more"
+    )
 
 
 def source_tokenizer(checkpoint: Checkpoint) -> Tokenizer:

@@ -17,7 +17,9 @@ import numpy.typing as npt
 
 from anyquant.core.checkpoint import Checkpoint
 from anyquant.core.errors import AnyQuantError
+from anyquant.formats.folder.stored import StoredFolder
 from anyquant.grids import grid as find_grid
+from anyquant.pipeline.decoded import DecodedSource
 from anyquant.store.journal import Journal
 from anyquant.store.state import EntryReader, StateWriter, canonical_json
 from anyquant.store.system import SYSTEM, remove_tree
@@ -104,6 +106,14 @@ class Work:
 def source_paths(source: Checkpoint) -> list[Path]:
     """Where a model is read from: its folder or file, and that of an adapter."""
     return [Path(source.location), *([source.folder] if isinstance(source, Merged) else [])]
+
+
+def stored_bytes(source: Checkpoint) -> int:
+    """Bytes of a model's tensors on disk: packed, where they are quantized. Of a GGUF, those of the file."""
+    if isinstance(source, DecodedSource):
+        return Path(source.decoded.location).stat().st_size
+    stored = source.stored if isinstance(source, StoredFolder) else source
+    return sum(stored.spec(name).nbytes for name in stored.names())
 
 
 def source_identity(source: Checkpoint) -> list[tuple[str, int, int]]:

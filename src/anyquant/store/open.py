@@ -17,7 +17,7 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 def open_checkpoint(path: Path, system: System = SYSTEM) -> Checkpoint:
     """The model at `path`: a folder of safetensors with its config.json, or a GGUF or safetensors file.
 
-    Raises BadInputError (missing, damaged, incomplete) and UnsupportedError (pickled weights, unknown kind).
+    Raises BadInputError (missing, damaged, incomplete, unknown kind) and UnsupportedError (pickled weights).
     """
     if not path.exists():
         raise BadInputError(f"{path}: there is no such file or folder")
@@ -29,7 +29,7 @@ def open_checkpoint(path: Path, system: System = SYSTEM) -> Checkpoint:
         return SafetensorsCheckpoint(path.parent, path.name, system)
     if path.suffix in PICKLED:
         raise _pickled(path)
-    raise UnsupportedError(f"{path}: neither a model folder nor a .gguf or .safetensors file")
+    raise BadInputError(f"{path}: neither a model folder nor a .gguf or .safetensors file")
 
 
 def is_state(folder: Path) -> bool:
