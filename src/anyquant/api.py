@@ -253,6 +253,7 @@ def convert(
     text: str | Path | None = None,
     tokens: int | None = None,
     context: int | None = None,
+    data_free: bool = False,
     overwrite: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -263,10 +264,13 @@ def convert(
     `target` names a target or a format. `grid` is that of all quantized matrices; without it each takes the smallest of
     the target's that holds its codes, or where none does is rounded again to one of like bits. `embedding` and `head`
     as in `make`. The ledger says of every matrix: exact, rescaled or re-rounded. What was made is measured on `text`
-    against the decoded source.
+    against the decoded source, or with `data_free` not at all.
 
     Raises subclasses of AnyQuantError.
     """
+    for flag, given in (("--text", text), ("--tokens", tokens), ("--context", context)):
+        if data_free and given is not None:
+            raise UsageError(f"--data-free measures nothing, so {flag} has no effect; leave one of them out")
     if tokens is not None and text is None:
         raise UsageError("--tokens is for --text, and the default text is judged on whole; name a text or leave it out")
     checkpoint = _convertible(model_path(source), None if like is None else model_path(like))
@@ -283,6 +287,7 @@ def convert(
         overwrite=overwrite,
         threads=threads or cores(),
         transcode=True,
+        unmeasured=data_free,
     )
     return make_one(request, progress or Silent(), time.monotonic)
 

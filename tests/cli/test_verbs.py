@@ -307,11 +307,14 @@ def test_convert(call: Call, model: Model, text: Path, tmp_path: Path) -> None:
     back = ("--like", source, "--to", "vllm", "--text", text, *SHORT, "-o", tmp_path / "back")
     again = call("convert", file / "model.gguf", *back)
     assert again.code == 0, again.err
+    unread = call("convert", folder, "--for", "mlx", "--data-free", "-o", tmp_path / "unread")
+    assert unread.code == 0 and "Nothing was measured." in unread.out and "warning" not in unread.err, unread.err
     for arguments, code, said in (
         ((file / "model.gguf", "--to", "vllm"), 2, "--like"),
         ((folder, "--to", "gguf", "--like", source), 2, "--like is for GGUF files"),
         ((source, "--to", "gguf"), 6, "nothing in it is quantized"),
         ((folder, "--for", "gguf", "--tokens", "3000"), 2, "the default text is judged on whole"),
+        ((folder, "--for", "gguf", "--data-free", "--text", text), 2, "--text has no effect"),
         ((text, "--for", "gguf"), 5, "neither a model folder"),
         ((folder, "--to", "gguff"), 2, "did you mean gguf?"),
         ((tmp_path / "nothing", "--to", "gguf"), 5, "no such file or folder"),

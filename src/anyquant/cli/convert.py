@@ -28,6 +28,7 @@ from anyquant.pipeline.recipe import LEAST_TOKENS
     "--tokens", type=click.IntRange(LEAST_TOKENS), metavar="N", help="Tokens of --text to read (default 65536)."
 )
 @click.option("--context", type=click.IntRange(LEAST_CONTEXT), metavar="N", help="Tokens of a document (default 512).")
+@click.option("--data-free", is_flag=True, help="Read no text: written and verified, and nothing is measured.")
 @click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Cores to use (default: all).")
 @click.option("--force", is_flag=True, help="Replace an output that AnyQuant made.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on standard output.")

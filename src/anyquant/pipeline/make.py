@@ -99,7 +99,7 @@ class Maker:
         contract = request.contract.resolved(sum(linear.weights for linear in self.original.linears))
         self.request = request = replace(request, contract=contract)
         calibration = request.recipe.calibration
-        asked = request.choose or request.contract.needs_measures or request.transcode
+        asked = request.choose or request.contract.needs_measures or (request.transcode and not request.unmeasured)
         self.measuring = not calibration.data_free or calibration.text is not None or asked
         self.importance = not calibration.data_free
         self.meter = shared.once("meter", self._meter)
@@ -175,7 +175,8 @@ class Maker:
 
     def _texts(self) -> tuple[Splits | None, Tokenizer | None]:
         if not self.measuring:
-            self.progress.say("data-free and no limit: nothing is measured; give --text to measure the artifact")
+            free = "data-free and no limit: nothing is measured; give --text to measure the artifact"
+            self.progress.say("data-free: nothing is measured" if self.request.transcode else free)
             return None, None
         if self.request.recipe.calibration.text is None and self.request.location != "demo":
             self.warnings.append(default_text_warning(self.importance))
