@@ -60,7 +60,7 @@ def test_what_does_not(tmp_path: Path) -> None:
     refused(tmp_path, UnsupportedError, "save_file")
     refused(tmp_path / "pytorch_model.bin", UnsupportedError, "save_file")
     (tmp_path / "notes.txt").write_text("x")
-    refused(tmp_path / "notes.txt", UnsupportedError, "neither")
+    refused(tmp_path / "notes.txt", BadInputError, "neither")
     folder = model(tmp_path / "m")
     (folder / "config.json").unlink()
     refused(folder, BadInputError, "no config.json")
