@@ -113,4 +113,4 @@ class Chooser:
             f"search: {asked if draws else ''}at most {bounds.evaluations} artifacts made and measured on "
             f"{tokens:,} tokens, and one certified"
         )
-        self._progress.say(text + (f"; at most {bounds.seconds / 60:g} minutes" if bounds.seconds else ""))
+        self._progress.say(text + (f"; at most {bounds.seconds / 60:.3g} minutes" if bounds.seconds else ""))
