@@ -93,7 +93,7 @@ class FormatBackend:
         rounding = rounded_inputs(job.architecture, job.plan, self._maxima)
         runtime = TransformersRuntime(decoded, job.architecture, job.checkpoint.config, rounding)
         ids = [document.tokens for document in reference.documents]
-        return compare(runtime.logits(ids, self.progress), reference, Silent(), label)
+        return compare(runtime.logits(ids, self.progress, label), reference, Silent(), label)
 
 
 class RuntimeBackend(FormatBackend):
@@ -193,7 +193,7 @@ class StateBackend:
         weights = DecodedCheckpoint(job.checkpoint, job.architecture, decoder(stage.folder))
         ids = [document.tokens for document in reference.documents]
         rounding = rounded_inputs(job.architecture, job.plan, activation_maxima(stage.folder))
-        candidates = TransformersRuntime(weights, job.architecture, rounding=rounding).logits(ids, self.progress)
+        candidates = TransformersRuntime(weights, job.architecture, rounding=rounding).logits(ids, self.progress, label)
         return compare(candidates, reference, Silent(), label)
 
     def select(self, job: Job, stage: Stage, reference: ReferenceLogits, label: str) -> Measures:

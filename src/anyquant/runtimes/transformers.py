@@ -41,20 +41,22 @@ class TransformersRuntime:
         if not self.config:
             raise UsageError(f"{checkpoint.location}: holds no config.json; pass the source model's config")
 
-    def logits(self, documents: Sequence[Sequence[int]], progress: Progress | None = None) -> Iterator[Float32]:
+    def logits(
+        self, documents: Sequence[Sequence[int]], progress: Progress | None = None, label: str = "reference"
+    ) -> Iterator[Float32]:
         """Logits of every position of every document, in order: float32 (tokens, vocabulary) each.
 
-        One pass over the weights serves all documents. Progress counts tokens.
+        One pass over the weights serves all documents. Progress counts tokens, under `label`.
         """
         pieces: list[Float32] = []
-        for index, start, piece in self.logit_chunks(documents, progress):
+        for index, start, piece in self.logit_chunks(documents, progress, label):
             pieces.append(piece)
             if start + len(piece) == len(documents[index]):
                 yield pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
                 pieces = []
 
     def logit_chunks(
-        self, documents: Sequence[Sequence[int]], progress: Progress | None = None
+        self, documents: Sequence[Sequence[int]], progress: Progress | None = None, label: str = "reference"
     ) -> Iterator[tuple[int, int, Float32]]:
         """As `logits`, in bounded pieces: (document, its first position, float32 (positions, vocabulary))."""
         if not documents:
@@ -62,7 +64,7 @@ class TransformersRuntime:
         sink = progress or Silent()
         model = StreamedModel(self.checkpoint, self.architecture, self.config)
         batches = model.embed(documents)
-        sink.start("reference", float(sum(batch.tokens for batch in batches)), "tokens")
+        sink.start(label, float(sum(batch.tokens for batch in batches)), "tokens")
         with rounding_inputs(model.module, self.rounding):
             model.run_blocks(batches, sink)
         sink.finish()
