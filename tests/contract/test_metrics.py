@@ -250,3 +250,19 @@ def test_one_small_drop_is_no_better_evidence_than_none() -> None:
     after[30] -= 1e-4
     none, one = (drop_of(limit, Scores(before, False), Scores(each, False)).upper for each in (before, after))
     assert one >= none > 0.04
+
+
+def test_a_metric_may_keep_one_buffer_for_its_scores(tmp_path: Path) -> None:
+    """What the original scored stays, whatever the metric puts into its array afterwards."""
+    (tmp_path / "own.py").write_text(
+        "import numpy\nBUFFER = numpy.zeros(40)\n"
+        "def kept(session, split):\n    BUFFER[:] = 1.0 if session == 'original' else 0.0\n    return BUFFER\n"
+        "def drifting(session, split):\n    BUFFER[:] += 1.0\n    return BUFFER\n"
+    )
+    kept, drifting = (
+        load_metrics([DropLimit(f"{tmp_path}/own.py:{name}:higher", 0.05)])[0] for name in ("kept", "drifting")
+    )
+    drop = compare(kept, baseline(kept, "original", "certify"), "artifact", "certify")
+    assert (drop.baseline, drop.candidate, drop.value) == (1.0, 0.0, 1.0)
+    with pytest.raises(UsageError, match="not deterministic"):
+        baseline(drifting, "original", "certify")

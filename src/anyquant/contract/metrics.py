@@ -116,7 +116,8 @@ def _numbers(returned: Any) -> Float64:
     if returned is None or isinstance(returned, Mapping | str | bytes):
         raise TypeError(f"it returned {type(returned).__name__}; return one score per item, or one number")
     several = isinstance(returned, Iterable) and not isinstance(returned, np.ndarray)
-    return np.asarray(list(returned) if several else returned, dtype=np.float64)
+    # copied: a metric may fill and return one buffer of its own, in which the artifact's scores would replace these
+    return np.array(list(returned) if several else returned, dtype=np.float64)
 
 
 def _from_name(place: str) -> ModuleType:
