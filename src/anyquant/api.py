@@ -200,8 +200,8 @@ def make(
         raise UsageError("--max-drop runs the original's folder, and with --adapter there is none of the merged model")
     if budget is not None and not (math.isfinite(budget) and budget > 0):
         raise UsageError(f"--budget is {budget:g}; give minutes, more than 0")
-    several = target is not None and not isinstance(target, str)
-    names: Sequence[str | None] = target if target is not None and not isinstance(target, str) else [target]
+    names: Sequence[str | None] = target if isinstance(target, list | tuple) else [target]
+    several = names is target
     if several and (sensitivity is not None or not names):
         what = "--sensitivity is the file of one target" if names else "no target is named"
         raise UsageError(f"{what}; name one with --for")

@@ -48,8 +48,7 @@ def command(model: str, out: Path, force: bool, as_json: bool, quiet: bool, **fl
     anyquant make PATH --grid int4-g128 --algorithm "awq -> gptq" -o STATE     (the neutral state, for later formats)
     """
     from anyquant import api
-    from anyquant.pipeline.comparison import render_comparison
-    from anyquant.pipeline.report import render_json
+    from anyquant.pipeline.report import strict_json
 
     with TerminalProgress(quiet) as progress:
         report = api.make(
@@ -67,13 +66,10 @@ def command(model: str, out: Path, force: bool, as_json: bool, quiet: bool, **fl
             sensitivity=flags["sensitivity"],
             progress=progress,
         )
-    if isinstance(report, api.Comparison):
-        if as_json:
-            click.echo(render_comparison(report)["report.json"], nl=False)
-        else:
-            print_comparison(report, out)
-    elif as_json:
-        click.echo(render_json(report), nl=False)
+    if as_json:
+        click.echo(strict_json(report.as_dict()), nl=False)
+    elif isinstance(report, api.Comparison):
+        print_comparison(report, out)
     else:
         print_report(report, out)
     raise SystemExit(STATUS_CODES[report.status])

@@ -14,6 +14,7 @@ from anyquant.core.progress import Progress
 from anyquant.evaluation.measures import Measures
 from anyquant.formats import as_model, folder_format
 from anyquant.formats.certificate import Certificate, read_certificate
+from anyquant.formats.folder.format import FolderFormat
 from anyquant.grids import grid as find_grid
 from anyquant.models.detect import detect
 from anyquant.pipeline.certificate import (
@@ -277,13 +278,19 @@ def _measured(
             reference.close()
 
 
+def _foreign(artifact: Path) -> FolderFormat | None:
+    """The format of a folder that no runtime here reads; None for all other artifacts."""
+    if runtime_name(artifact) != RUNTIME.name or not artifact.is_dir() or opens(artifact):
+        return None
+    return folder_format(read_config(artifact), str(artifact))
+
+
 def stands_in(artifact: Path) -> str:
     """What to say of a folder that is run by its decoded weights, as no runtime here reads it; "" for all others."""
-    if runtime_name(artifact) != RUNTIME.name or not artifact.is_dir() or opens(artifact):
+    form = _foreign(artifact)
+    if form is None:
         return ""
-    form = folder_format(read_config(artifact), str(artifact))
-    name = artifact.name if form is None else form.name
-    return f"no engine here reads {name} folders: their decoded weights are run in transformers, in float32"
+    return f"no engine here reads {form.name} folders: their decoded weights are run in transformers, in float32"
 
 
 def _opened(artifact: Path, context: int, threads: int, cache: str | None) -> Session:
@@ -291,10 +298,10 @@ def _opened(artifact: Path, context: int, threads: int, cache: str | None) -> Se
 
     Raises UnsupportedError for one of the second kind whose engines may round what enters matrices.
     """
-    if not stands_in(artifact):
+    form = _foreign(artifact)
+    if form is None:
         return RUNTIMES.get(runtime_name(artifact)).load(entry_of(artifact), context, threads, cache)
-    form = folder_format(read_config(artifact), str(artifact))
-    if form is not None and form.scheme.rounds_inputs:
+    if form.scheme.rounds_inputs:
         raise UnsupportedError(
             f"{artifact}: engines that read {form.name} round what enters matrices, and none of them runs here"
         )

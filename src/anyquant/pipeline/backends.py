@@ -56,7 +56,7 @@ class Backend(Protocol):
 
     def select(self, job: Job, stage: Stage, reference: ReferenceLogits, label: str) -> Measures:
         """The same for a choice among many, where the runtime may be too slow to be asked."""
-        ...
+        return self.measure(job, stage, reference, label)
 
     def open(self, job: Job, stage: Stage, context: int) -> Session:
         """The artifact in its runtime, for sequences of up to `context` tokens. Raises UsageError without a runtime."""
@@ -67,7 +67,7 @@ class Backend(Protocol):
         ...
 
 
-class FormatBackend:
+class FormatBackend(Backend):
     """A format, written and verified block by block."""
 
     def __init__(self, threads: int, progress: Progress) -> None:
@@ -161,9 +161,6 @@ class SchemaBackend(FormatBackend):
     def measure(self, job: Job, stage: Stage, reference: ReferenceLogits, label: str) -> Measures:
         return self._decoded(job, stage, reference, label)
 
-    def select(self, job: Job, stage: Stage, reference: ReferenceLogits, label: str) -> Measures:
-        return self._decoded(job, stage, reference, label)
-
     def open(self, job: Job, stage: Stage, context: int) -> Session:
         raise UsageError(f"--max-drop runs the artifact, and nothing here runs one for {self.target.name}")
 
@@ -172,7 +169,7 @@ class SchemaBackend(FormatBackend):
         return Proof(None, {})
 
 
-class StateBackend:
+class StateBackend(Backend):
     """The neutral state. Nothing runs it as it is: `transformers` runs the weights decoded from it."""
 
     def __init__(self, threads: int, progress: Progress) -> None:
@@ -195,9 +192,6 @@ class StateBackend:
         rounding = rounded_inputs(job.architecture, job.plan, activation_maxima(stage.folder))
         candidates = TransformersRuntime(weights, job.architecture, rounding=rounding).logits(ids, self.progress, label)
         return compare(candidates, reference, Silent(), label)
-
-    def select(self, job: Job, stage: Stage, reference: ReferenceLogits, label: str) -> Measures:
-        return self.measure(job, stage, reference, label)
 
     def open(self, job: Job, stage: Stage, context: int) -> Session:
         raise UsageError("--max-drop runs the artifact, and nothing runs the neutral state; name a target with --for")

@@ -1,8 +1,7 @@
 """What was made of one model for several targets, side by side: JSON, Markdown and one HTML page."""
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +13,7 @@ from anyquant.pipeline.report import (
     encodable,
     markdown_table,
     markdown_text,
-    plain,
+    strict_json,
     template,
 )
 
@@ -114,9 +113,7 @@ def judged_on(comparison: Comparison) -> str:
 def render_comparison(comparison: Comparison) -> Mapping[str, str]:
     """Content by file name."""
     return {
-        "report.json": encodable(
-            json.dumps(plain(comparison.as_dict()), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        ),
+        "report.json": strict_json(comparison.as_dict()),
         "report.md": _markdown(comparison),
         "report.html": _page(comparison),
     }
@@ -135,11 +132,6 @@ def _page(comparison: Comparison) -> str:
     first = comparison.first
     picture = size_and_loss(comparison.points(), first.limit, QUALITIES, first.source_bytes)
     page: str = template("comparison.html").render(
-        comparison=comparison, head=HEAD, rows=_linked(comparison.rows()), picture=picture, judged=judged_on(comparison)
+        comparison=comparison, head=HEAD, picture=picture, judged=judged_on(comparison)
     )
     return encodable(page)
-
-
-def _linked(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, str, tuple[str, ...]]]:
-    """Target, verdict and the rest of each row."""
-    return [(target, status, tuple(rest)) for target, status, *rest in rows]

@@ -114,10 +114,19 @@ class Maker:
     def plan(self) -> Job:
         """What is asked for; the target's default where the contract is to choose. All refusals come here."""
         self._refuse_input_as_output()
-        planned = self._planned()
+        request = self.request
+        recipe = request.recipe
+        if request.choose:
+            recipe = replace(recipe, preset=request.target.default_preset)
+        if request.transcode:
+            recipe = transcoding(self.model, self.rules, recipe)
+        job = make_job(self.model, self.rules, recipe, self.importance)
+        refuse_imatrix(job)
+        if request.choose:
+            Chooser(request, self.model, self.rules, self.watch, self.progress).refuse()
         if self.measuring:
-            expect_libraries(self.request.target.libraries)
-        return planned
+            expect_libraries(request.target.libraries)
+        return job
 
     def make(self, planned: Job, stage: Stage) -> Report:
         """Run everything that was `planned` in a new `stage`, and publish it; nothing is visible before it is verified.
@@ -159,19 +168,6 @@ class Maker:
             source = path.resolve() if path.is_dir() else path.resolve().parent
             if source == out or source in out.parents:
                 raise OutputError(f"{self.request.out} lies inside the model's folder {source}; choose another -o")
-
-    def _planned(self) -> Job:
-        request = self.request
-        recipe = request.recipe
-        if request.choose:
-            recipe = replace(recipe, preset=request.target.default_preset)
-        if request.transcode:
-            recipe = transcoding(self.model, self.rules, recipe)
-        job = make_job(self.model, self.rules, recipe, self.importance)
-        refuse_imatrix(job)
-        if request.choose:
-            Chooser(request, self.model, self.rules, self.watch, self.progress).refuse()
-        return job
 
     def _texts(self) -> tuple[Splits | None, Tokenizer | None]:
         if not self.measuring:

@@ -191,7 +191,7 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> lis
     ]
 
 
-def interval(value: tuple[float, float, float], scale: float = 1.0, form: str = ".5f") -> str:
+def _interval(value: tuple[float, float, float], scale: float = 1.0, form: str = ".5f") -> str:
     """A value with its interval, times `scale`."""
     middle, low, high = (format(v * scale, form) for v in value)
     return f"{middle} ({low} to {high})"
@@ -216,13 +216,13 @@ def summary_rows(report: Report) -> list[tuple[str, str]]:
     ]
     if report.loss is not None:
         loss = report.loss
-        change = interval(loss.perplexity_increase, 100, "+.2f")
+        change = _interval(loss.perplexity_increase, 100, "+.2f")
         text = report.data.get("text", "")
         rows += [
             ("judged on", f"{loss.documents} documents, {loss.tokens:,} tokens of {text}; in brackets 95 % intervals"),
-            ("mean KL", f"{interval(loss.mean_kl, form=kl_form(loss.mean_kl[0]))} nats"),
+            ("mean KL", f"{_interval(loss.mean_kl, form=kl_form(loss.mean_kl[0]))} nats"),
             ("99.9 % KL", f"{loss.kl_99_9:.4f} nats"),
-            ("same top token", interval(loss.same_top, 100, ".2f") + " %"),
+            ("same top token", _interval(loss.same_top, 100, ".2f") + " %"),
             (
                 "perplexity",
                 f"{loss.perplexity:.3f}, {report.reference} {loss.reference_perplexity:.3f}, {change} %",
@@ -314,8 +314,13 @@ def render_markdown(report: Report) -> str:
 
 
 def render_json(report: Report) -> str:
-    """Strict JSON: a figure that is not finite is null."""
-    return encodable(json.dumps(plain(report.as_dict()), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    """As `strict_json`."""
+    return strict_json(report.as_dict())
+
+
+def strict_json(document: Mapping[str, Any]) -> str:
+    """A document as JSON: a figure that is not finite is null."""
+    return encodable(json.dumps(plain(document), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def plain(value: Any) -> Any:

@@ -23,8 +23,7 @@ class Request:
 
     `memory`: bytes that activations may take while calibrating; beyond it they lie in a file. None: all there is.
     `sensitivity`: the file of what the search starts from, made if it is not there. `transcode`: the source is
-    quantized, and its codes are what the artifact gets; `unmeasured`: and nothing is measured. `part`: the folder in
-    `out` of this one of several targets.
+    quantized, and its codes are what the artifact gets; `unmeasured`: and nothing is measured.
     """
 
     location: str
@@ -41,4 +40,3 @@ class Request:
     sensitivity: Path | None = None
     transcode: bool = False
     unmeasured: bool = False
-    part: str = ""

@@ -1,7 +1,6 @@
 """The main job for one target or several: one text, one calibration, one set of reference logits, one output folder."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from anyquant.core.errors import AnyQuantError, UsageError
 from anyquant.core.progress import Progress
@@ -30,8 +29,7 @@ def make_several(requests: Sequence[Request], progress: Progress, clock: Callabl
     The requests differ in nothing but their target. All refusals come before any work; the output appears when the last
     artifact is there. Raises as `Maker` does, and UsageError for a target that is named twice.
     """
-    requests = [replace(request, part=request.target.name) for request in requests]
-    names = [request.part for request in requests]
+    names = [request.target.name for request in requests]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UsageError(f"--for names {twice[0]} twice; name it once")
     first = requests[0]
@@ -40,8 +38,7 @@ def make_several(requests: Sequence[Request], progress: Progress, clock: Callabl
         plans = [maker.plan() for maker in makers]
         reports = {}
         with Stage(first.out, first.overwrite, needed=sum(plan.layout.nbytes for plan in plans)) as stage:
-            for number, (maker, planned) in enumerate(zip(makers, plans, strict=True), start=1):
-                name = maker.request.part
+            for number, (name, maker, planned) in enumerate(zip(names, makers, plans, strict=True), start=1):
                 progress.say(f"target {number} of {len(makers)}: {name}")
                 with Stage(stage.folder / name, needed=planned.layout.nbytes) as own:
                     reports[name] = maker.make(planned, own)
@@ -57,14 +54,14 @@ def _cross_checked(reports: dict[str, Report], makers: Sequence[Maker]) -> list[
     """What artifacts of one format have in common: the same tensors, byte for byte, where they have the same plan."""
     said = []
     for index, maker in enumerate(makers):
-        mine, name = reports[maker.request.part], maker.request.part
+        mine = reports[maker.request.target.name]
         for other in makers[:index]:
-            theirs = reports[other.request.part]
+            theirs = reports[other.request.target.name]
             if other.rules.name != maker.rules.name or theirs.recipe != mine.recipe:
                 continue
             if _tensors(mine) != _tensors(theirs):
-                raise AnyQuantError(f"{name} and {theirs.target} have one plan and not the same tensors")
-            said.append(f"{name} has the same tensors as {theirs.target}, byte for byte.")
+                raise AnyQuantError(f"{mine.target} and {theirs.target} have one plan and not the same tensors")
+            said.append(f"{mine.target} has the same tensors as {theirs.target}, byte for byte.")
             break
     return said
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from types import TracebackType
 from typing import Any, TypeVar, cast
 
 from anyquant.calibrate.text import Document
@@ -13,7 +12,7 @@ from anyquant.pipeline.recipe import Recipe
 Made = TypeVar("Made")
 
 
-class Shared:
+class Shared(ExitStack):
     """`with Shared(several) as shared:` what the targets need of one source is made by the first that asks for it.
 
     With one target the logits of a split are let go as soon as they are not needed; with `several` they stay until the
@@ -23,20 +22,12 @@ class Shared:
     """
 
     def __init__(self, several: bool = False) -> None:
+        super().__init__()
         self._several = several
         self._made: dict[str, Any] = {}
         self._references: dict[tuple[Document, ...], ReferenceLogits] = {}
-        self._closing = ExitStack()
         self.plans: dict[str, tuple[Recipe, str]] = {}
         self.quantizer: Quantizer | None = None
-
-    def __enter__(self) -> "Shared":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._closing.__exit__(kind, error, trace)
 
     def once(self, name: str, make: Callable[[], Made]) -> Made:
         """What `make` makes, and made when it was first asked for under this name."""
@@ -47,7 +38,7 @@ class Shared:
     def quantizing(self, make: Callable[[], Quantizer]) -> Quantizer:
         """The one that chooses the values for all targets; entered here, left with this."""
         if self.quantizer is None:
-            self.quantizer = self._closing.enter_context(make())
+            self.quantizer = self.enter_context(make())
         return self.quantizer
 
     def forget(self) -> None:
@@ -67,7 +58,7 @@ class Shared:
         found = make()
         if self._several:
             self._references[key] = found
-            self._closing.callback(found.close)
+            self.callback(found.close)
             yield found
             return
         try:
