@@ -9,7 +9,6 @@ import pytest
 
 from anyquant.core.checkpoint import Checkpoint, read_tensor, read_view
 from anyquant.core.errors import UnsupportedError
-from anyquant.core.linear import Role
 from anyquant.core.progress import Silent
 from anyquant.core.quantized import QuantizedCheckpoint
 from anyquant.formats import FORMATS, as_model, rules
@@ -23,11 +22,11 @@ from anyquant.store.open import open_checkpoint
 from anyquant.store.publish import Stage
 from matrix.cases import GRIDS
 from support.checkpoints import make_checkpoint
+from support.folders import APART, chosen
 from support.write import write
 
 MORE = ("int4-g32", "int4-g128-asym", "int8-g128", "int8-channel", "int2-g64-f16", "fp8_e4m3-channel", "hqq4-g64")
 FOLDERS = [name for name in FORMATS.names() if name != "gguf"]
-APART = (Role.EMBEDDING, Role.HEAD)
 # a grid on which each format can be read by the most others; engines of ModelOpt and Quark round inputs, which a test
 # of weights need not
 TYPICAL = {
@@ -79,25 +78,19 @@ def held() -> Iterator[tuple[str, str]]:
                 yield name, grid
 
 
-@cache
-def model(folder: Path) -> Checkpoint:
-    if not folder.exists():
-        make_checkpoint(folder, "llama")
-    return open_checkpoint(folder)
-
-
 @pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return model(tmp_path_factory.mktemp("matrix") / "llama")
+    folder = tmp_path_factory.mktemp("matrix") / "llama"
+    make_checkpoint(folder, "llama")
+    return open_checkpoint(folder)
 
 
 def written(source: Checkpoint, form: str, grid: str, folder: Path) -> Checkpoint | None:
     """The model with its block matrices on a grid, as read back; None for what the format refuses by name."""
     architecture = detect(source)
     kept = source.spec(architecture.linears[1].view.tensor).dtype.lower()
-    grids = {linear.name: kept if linear.role in APART else grid for linear in architecture.linears}
     try:
-        write(source, architecture, folder, grids, form)
+        write(source, architecture, folder, chosen(architecture, grid, kept), form)
     except (ValueError, UnsupportedError) as error:
         if (form, grid) not in REFUSED:
             raise
@@ -117,13 +110,11 @@ def test_what_is_written_is_read(form: str, grid: str, source: Checkpoint, tmp_p
     for linear in detect(source).linears:
         if linear.role in APART:
             continue
-        weights = read_view(source, linear.view, 0, linear.view.rows)
         made = find_grid(grid)
-        shared = made.prepare(float(np.abs(weights).max())) if made.tensor_wide else None
         if made.tensor_wide:  # tied matrices share the parameters of the largest
             assert found.quantized_rows(linear.view.tensor, 0, 4).grid.name == grid
             continue
-        params, codes = made.quantize(weights, None, shared)
+        params, codes = made.quantize(read_view(source, linear.view, 0, linear.view.rows))
         np.testing.assert_array_equal(read_tensor(found, linear.view.tensor), made.decode(codes, params))
 
 
