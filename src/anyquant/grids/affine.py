@@ -17,7 +17,7 @@ import numpy as np
 from anyquant.core.dtypes import Float32
 from anyquant.core.errors import UsageError
 from anyquant.core.grid import Codes, Grid, Lattice, Parameter, Params, Scope
-from anyquant.grids.scales import Levels, Trials, find_pairs, spread_out
+from anyquant.grids.scales import Levels, Trials, apply_by_group, find_pairs, spread_out
 
 WIDTHS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 PATTERN = re.compile(r"affine([234568])-g(32|64|128)")
@@ -99,8 +99,8 @@ class AffineGrid(Grid):
     def decode(self, codes: Codes, params: Params, columns: slice | None = None) -> Float32:
         """q * scale + bias in float32, rounded twice; MLX may fuse the two, or round to the type of the model."""
         values = codes.astype(np.float32)
-        values *= spread_out(params["scale"], self.group, columns)
-        values += spread_out(params["bias"], self.group, columns)
+        apply_by_group(np.multiply, values, params["scale"], self.group, columns)
+        apply_by_group(np.add, values, params["bias"], self.group, columns)
         return values
 
     def lattice(self, params: Params) -> Lattice:

@@ -15,7 +15,7 @@ from anyquant.core.dtypes import Float32
 from anyquant.core.errors import UsageError
 from anyquant.core.grid import Codes, Grid, Lattice, Parameter, Params, Scope
 from anyquant.grids.integer import make as integer
-from anyquant.grids.scales import spread_out
+from anyquant.grids.scales import apply_by_group, spread_out
 
 PATTERN = re.compile(r"hqq([1234568])-g([1-9]\d{0,5})")
 WHOLE = (16, 32, 64, 128, 256)  # groups for which the search of the integer grids is made
@@ -52,8 +52,8 @@ class FloatZeroGrid(Grid):
 
     def decode(self, codes: Codes, params: Params, columns: slice | None = None) -> Float32:
         values = codes.astype(np.float32)
-        values -= spread_out(params["zero"], self.group, columns)
-        values *= spread_out(params["scale"], self.group, columns)
+        apply_by_group(np.subtract, values, params["zero"], self.group, columns)
+        apply_by_group(np.multiply, values, params["scale"], self.group, columns)
         return values
 
     def lattice(self, params: Params) -> Lattice:

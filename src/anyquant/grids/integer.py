@@ -22,7 +22,7 @@ from anyquant.core.errors import UsageError
 from anyquant.core.grid import Codes, Grid, Lattice, Parameter, Params, Scope
 from anyquant.grids.integer_search import MATRIX, ROW, Search
 from anyquant.grids.recode import Int32, fitting_zero, regrouped, without_shift
-from anyquant.grids.scales import LARGEST_HALF, spread_out
+from anyquant.grids.scales import LARGEST_HALF, apply_by_group, spread_out
 
 PATTERN = re.compile(r"int([2-8])-(?:g(16|32|64|128|256)|(channel|tensor))(-asym)?(-f16)?")
 REACHES = {"channel": ROW, "tensor": MATRIX}
@@ -161,18 +161,12 @@ class IntegerGrid(Grid):
     def decode(self, codes: Codes, params: Params, columns: slice | None = None) -> Float32:
         """scale * (level - zero) in float32: exact."""
         values = codes.astype(np.float32)
-        if columns is None:  # whole rows need no parameter of their own for each weight
-            grouped = values.reshape(len(values), params["scale"].shape[1], -1)
-            if self.search.asymmetric:
-                grouped -= params["zero"][:, :, None].astype(np.float32)
-            grouped *= params["scale"][:, :, None]
-            return values
         if self.search.asymmetric:
-            values -= self._spread(params["zero"], columns)
-        values *= self._spread(params["scale"], columns)
+            apply_by_group(np.subtract, values, params["zero"], self.search.group, columns)
+        apply_by_group(np.multiply, values, params["scale"], self.search.group, columns)
         return values
 
-    def _spread(self, values: Codes, columns: slice | None) -> Float32:
+    def _spread(self, values: Codes, columns: slice) -> Float32:
         """A parameter for each weight of `columns`, in a shape that broadcasts to them."""
         if self.search.group > 0:
             return spread_out(values, self.search.group, columns)

@@ -12,7 +12,16 @@ from anyquant.core.dtypes import Float32
 from anyquant.core.errors import UsageError
 from anyquant.core.grid import Codes, Grid, Lattice, Parameter, Params, Scope
 from anyquant.grids.recode import Int32, regrouped, without_shift
-from anyquant.grids.scales import LARGEST_HALF, Levels, Trials, error_weights, find_pairs, find_scales, spread_out
+from anyquant.grids.scales import (
+    LARGEST_HALF,
+    Levels,
+    Trials,
+    apply_by_group,
+    error_weights,
+    find_pairs,
+    find_scales,
+    spread_out,
+)
 
 BLOCK = 32
 Ladder = tuple[tuple[float, ...], ...]
@@ -87,9 +96,9 @@ class LegacyGrid(Grid):
         """d * (code - zero), or d * code + m, in float32: bit for bit what gguf's reader gives."""
         values = codes.astype(np.float32)
         values -= np.float32(self.zero)
-        values *= spread_out(params["d"], BLOCK, columns)
+        apply_by_group(np.multiply, values, params["d"], BLOCK, columns)
         if self.affine:
-            values += spread_out(params["m"], BLOCK, columns)
+            apply_by_group(np.add, values, params["m"], BLOCK, columns)
         return values
 
     def hold(self, levels: Int32, scale: Float32, shift: Float32) -> tuple[Params, Codes] | None:

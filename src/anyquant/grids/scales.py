@@ -92,6 +92,19 @@ def spread_out(values: Codes, group: int, columns: slice | None) -> Float32:
     return whole[:, start - first * group : stop - first * group]
 
 
+def apply_by_group(operation: np.ufunc, values: Float32, parameter: Codes, group: int, columns: slice | None) -> None:
+    """`operation(value, parameter of its group)` for all `values` (rows, columns), in place.
+
+    `parameter` (rows, in / group), or (rows or 1, 1) where `group` is not positive. Whole rows (`columns` None) need no
+    parameter of their own for each weight.
+    """
+    if columns is not None and group > 0:
+        operation(values, spread_out(parameter, group, columns), out=values)
+        return
+    grouped = values.reshape(len(values), parameter.shape[1], -1)
+    operation(grouped, parameter[:, :, None].astype(np.float32, copy=False), out=grouped)
+
+
 def error_weights(weights: Float32, importance: Float32 | None, spread: bool) -> Float32:
     """The weight of each squared error, shape of `weights`."""
     if importance is None:

@@ -48,14 +48,12 @@ def content_digest(rows: QTensor) -> bytes:
 def squared_error(weights: Float32, decoded: Float32, grid: Grid, importance: Float32 | None) -> tuple[float, float]:
     """(sum w (x - q)^2, sum w x^2) with the grid's own weighting; rows are summed in float64."""
     steer = grid.weighting(weights, importance)
-    difference, energy = weights - decoded, weights
-    if any(steer.strides):
-        return (
-            float((difference * difference * steer).sum(dtype=np.float64)),
-            float((energy * energy * steer).sum(dtype=np.float64)),
-        )
-    sums = [np.vecdot(values, values).sum(dtype=np.float64) for values in (difference, energy)]
-    return float(sums[0]), float(sums[1])
+
+    def energy(values: Float32) -> float:
+        steered = values * steer if any(steer.strides) else values  # one weight for all is 1
+        return float(np.vecdot(steered, values).sum(dtype=np.float64))
+
+    return energy(weights - decoded), energy(weights)
 
 
 class _Files:
