@@ -1,4 +1,4 @@
-"""Folders that no engine here reads: run and measured by their decoded weights, where that says what the engine does."""
+"""Folders that no engine here reads: run and measured by their decoded weights, where that is what the engine does."""
 
 import json
 from collections.abc import Callable
